@@ -1,0 +1,229 @@
+"""Text in, documents out: streaming readers for corpus files and for anything the `datasets` library can load.
+
+A corpus file is UTF-8 text, one sentence a line, a blank line between documents: `.dat`, `.dat.xz` or `.dat.gz`.
+"""
+
+import gzip
+import lzma
+import re
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+from mixlm.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+CORPUS_SUFFIXES = (".dat", ".dat.xz", ".dat.gz")
+
+# A document is held in memory while it is read. No text has this many sentences: its file lacks the blank lines.
+MAX_SENTENCES_PER_DOCUMENT = 1_000_000
+
+# The border after a sentence-final mark, and the quotation mark or bracket that may close behind it.
+SENTENCE_BORDER = re.compile(r"(?:(?<=[.!?。！？…])|(?<=[.!?。！？…][\"'”’」』)\]]))\s+")
+
+
+@dataclass
+class Document:
+    """Consecutive sentences that belong together.
+
+    Attributes:
+        sentences: stripped, none of them empty.
+        source: the file, or the name of the dataset, it came from.
+        line: number of its first line in the file (its first row in the dataset), counted from 1.
+    """
+
+    sentences: list[str]
+    source: str
+    line: int
+
+
+def corpus_files(path: str | Path) -> list[Path]:
+    """The corpus files under `path`, in the order in which they are read.
+
+    Args:
+        path: a corpus file, or a folder that is searched recursively; hidden files and folders are left out.
+
+    Returns:
+        The files, sorted by their path.
+
+    Raises:
+        UserError: the path does not exist, or is neither a corpus file nor a folder with at least one.
+    """
+    path = Path(path)
+    if path.is_file():
+        if not path.name.endswith(CORPUS_SUFFIXES):
+            raise UserError(f"{path}: not a corpus file; give a {', '.join(CORPUS_SUFFIXES)} file or a folder of them")
+        return [path]
+    if not path.is_dir():
+        raise UserError(f"{path}: no such file or folder; give the folder that holds the corpus files")
+    entries = [entry for entry in path.rglob("*") if entry.is_file() and not _is_hidden(entry.relative_to(path))]
+    files = sorted(entry for entry in entries if entry.name.endswith(CORPUS_SUFFIXES))
+    if not files:
+        found = f"{len(entries)} other files, such as {min(entries).name}" if entries else "an empty folder"
+        raise UserError(f"{path}: found {found}; put {', '.join(CORPUS_SUFFIXES)} files there")
+    return files
+
+
+def read_documents(path: str | Path) -> Iterator[Document]:
+    """Stream the documents of a corpus file or of a folder of corpus files (see `corpus_files`).
+
+    A file's end also ends its last document. Windows line ends and a byte order mark are tolerated.
+
+    Raises:
+        UserError: as `corpus_files`; or a file that has no sentence, is not UTF-8, or is damaged.
+    """
+    for file in corpus_files(path):
+        yield from _read_file(file)
+
+
+def read_dataset_documents(name: str | Path, text_column: str = "text") -> Iterator[Document]:
+    """Stream a dataset's rows as documents (see `load_text_dataset` for what `name` can be).
+
+    A text is split into sentences at its line breaks or, where it has none, after sentence-final punctuation that is
+    followed by a space. Rows without text are passed over.
+
+    Raises:
+        UserError: as `load_text_dataset`.
+    """
+    yield from documents_of_dataset(load_text_dataset(name, text_column), name, text_column)
+
+
+def load_text_dataset(name: str | Path, text_column: str = "text") -> "Dataset":
+    """Load the rows to pretrain on, memory-mapped: split "train", or the only split.
+
+    Args:
+        name: a folder written by `save_to_disk`; a local .json, .jsonl, .csv, .parquet or .txt file, or a folder of
+            them; or the name of a dataset on the Hub. In a .txt file a blank line ends a row.
+        text_column: the column with the text.
+
+    Raises:
+        UserError: the dataset cannot be loaded, it has several splits and none is called "train", or the column is
+            missing or does not hold text.
+    """
+    from datasets import Dataset, Value, load_from_disk  # takes a second: only for those who use it
+    from datasets.exceptions import DatasetsError
+
+    path = Path(name)
+    is_saved_to_disk = path.is_dir() and any((path / file).is_file() for file in ("state.json", "dataset_dict.json"))
+    try:
+        loaded = load_from_disk(str(path)) if is_saved_to_disk else _load_dataset(path, str(name))
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+        raise UserError(
+            f"dataset {name}: cannot be loaded ({type(error).__name__}: {error}); "
+            "give a local file or folder, or a name that the Hub knows while it can be reached"
+        ) from error
+
+    if isinstance(loaded, Dataset):
+        dataset = loaded
+    elif "train" in loaded or len(loaded) == 1:
+        dataset = loaded["train" if "train" in loaded else next(iter(loaded))]
+    else:
+        raise UserError(f'dataset {name}: has the splits {", ".join(loaded)}; one of them must be called "train"')
+
+    if text_column not in dataset.column_names:
+        raise UserError(
+            f'dataset {name}: no column "{text_column}"; choose one of {", ".join(sorted(dataset.column_names))}'
+        )
+    feature = dataset.features[text_column]
+    if not (isinstance(feature, Value) and feature.dtype in ("string", "large_string", "string_view")):
+        raise UserError(f'dataset {name}: column "{text_column}" holds {feature}; choose a column of text')
+    return dataset.select_columns([text_column])
+
+
+def documents_of_dataset(dataset: "Dataset", name: str | Path, text_column: str) -> Iterator[Document]:
+    """The documents of a dataset that is already loaded (`load_text_dataset`)."""
+    row = 0
+    for batch in dataset.iter(batch_size=1000):
+        for text in batch[text_column]:
+            row += 1
+            sentences = split_sentences(text or "")
+            if sentences:
+                yield Document(sentences, str(name), row)
+
+
+def split_sentences(text: str) -> list[str]:
+    """Split at line breaks or, where there are none, after sentence-final punctuation followed by a space."""
+    text = text.strip()
+    pieces = text.splitlines() if "\n" in text or "\r" in text else SENTENCE_BORDER.split(text)
+    return [piece.strip() for piece in pieces if piece.strip()]
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _load_dataset(path: Path, name: str):
+    from datasets import load_dataset
+
+    texts = [path] if path.suffix == ".txt" else []
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file() and not _is_hidden(file.relative_to(path)))
+        texts = files if all(file.suffix == ".txt" for file in files) else []
+    if texts:
+        # By itself the library would make every line a row, and so a document of one sentence.
+        return load_dataset("text", data_files=[str(file) for file in texts], sample_by="paragraph")
+    builders = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+    if path.is_file():
+        if path.suffix not in builders:
+            raise ValueError(f"{path.suffix or 'no suffix'} is not one of .txt, {', '.join(builders)}")
+        return load_dataset(builders[path.suffix], data_files=str(path))
+    return load_dataset(name)
+
+
+def _open_binary(file: Path) -> BinaryIO:
+    if file.suffix == ".xz":
+        return lzma.open(file, "rb")
+    if file.suffix == ".gz":
+        return gzip.open(file, "rb")
+    return open(file, "rb")
+
+
+def _read_file(file: Path) -> Iterator[Document]:
+    sentences: list[str] = []
+    first_line = 0
+    has_sentences = False
+    for number, line in _read_lines(file):
+        if line:
+            if not sentences:
+                first_line = number
+            elif len(sentences) == MAX_SENTENCES_PER_DOCUMENT:
+                raise UserError(
+                    f"{file}, line {number}: the document that starts at line {first_line} has more than "
+                    f"{MAX_SENTENCES_PER_DOCUMENT:,} sentences; put a blank line between documents"
+                )
+            sentences.append(line)
+        elif sentences:
+            yield Document(sentences, str(file), first_line)
+            sentences, has_sentences = [], True
+    if sentences:
+        yield Document(sentences, str(file), first_line)
+    elif not has_sentences:
+        raise UserError(f"{file}: the file has no sentence; remove it, or put text there, one sentence a line")
+
+
+def _read_lines(file: Path) -> Iterator[tuple[int, str]]:
+    """Numbered, stripped lines. They are decoded one by one so that an error can name its byte."""
+    number = offset = 0
+    text = "text" if file.suffix == ".dat" else "decompressed text"
+    try:
+        with _open_binary(file) as stream:
+            for number, line in enumerate(stream, start=1):
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+                offset += len(line)
+    except UnicodeDecodeError as error:
+        position = offset + error.start
+        raise UserError(
+            f"{file}, line {number}: byte 0x{error.object[error.start]:02x} at offset {position} of the {text} is not "
+            "UTF-8; convert the file, for example with iconv -f cp949 -t utf-8"
+        ) from error
+    except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(
+            f"{file}, after line {number} (byte {offset} of the {text}): the compressed data is truncated or damaged "
+            f"({error}); copy or compress the file again"
+        ) from error
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror or error}); check its permissions") from error

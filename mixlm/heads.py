@@ -1,0 +1,446 @@
+"""The heads, written once for both encoder families.
+
+A head class is a mixin over a family's PreTrainedModel. It builds the family's encoder (`base_model_class`) and adds
+its own layers, its loss and its output. Losses are means over what they weigh: MLM over masked tokens, SOP, ICT and
+question answering over rows; the training loop turns them back into sums to add micro-batches and ranks exactly.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple
+
+IGNORE = -100  # a label that is not scored
+
+
+@dataclass
+class EncoderOutput(ModelOutput):
+    """Output of a bare encoder.
+
+    Args:
+        last_hidden_state: [batch, length, hidden].
+        aux_loss: Switch: the weighted load-balancing and z losses, a scalar.
+        hidden_states, attentions, router_logits: one entry a layer, on request.
+    """
+
+    last_hidden_state: Tensor | None = None
+    aux_loss: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    router_logits: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class PreTrainingOutput(ModelOutput):
+    """Output of ForPreTraining.
+
+    Args:
+        loss: mlm_loss + sop_loss or ict_loss + aux_loss; the parts follow, scalars.
+        prediction_logits: [batch, length, vocabulary]; with labels [labelled tokens, vocabulary] in row order (for ICT
+            the query's, then the context's).
+        sop_logits: [batch, 2], index 0 = original order, 1 = swapped.
+        embeddings, context_embeddings: ICT: [batch, hidden].
+        hidden_states, attentions, router_logits: of the first input, one entry a layer, on request.
+    """
+
+    loss: Tensor | None = None
+    mlm_loss: Tensor | None = None
+    sop_loss: Tensor | None = None
+    ict_loss: Tensor | None = None
+    aux_loss: Tensor | None = None
+    prediction_logits: Tensor | None = None
+    sop_logits: Tensor | None = None
+    embeddings: Tensor | None = None
+    context_embeddings: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    router_logits: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class MaskedLMOutput(ModelOutput):
+    """Output of ForMaskedLM: `logits` is [batch, length, vocabulary]; with labels [labelled tokens, vocabulary]."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    mlm_loss: Tensor | None = None
+    aux_loss: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    router_logits: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class QuestionAnsweringOutput(ModelOutput):
+    """Output of ForQuestionAnswering: `start_logits` and `end_logits` are [batch, length]."""
+
+    loss: Tensor | None = None
+    start_logits: Tensor | None = None
+    end_logits: Tensor | None = None
+    aux_loss: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    router_logits: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class RetrievalOutput(ModelOutput):
+    """Output of ForRetrieval: `embeddings` and `context_embeddings` are [batch, hidden]."""
+
+    loss: Tensor | None = None
+    embeddings: Tensor | None = None
+    context_embeddings: Tensor | None = None
+    aux_loss: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    router_logits: tuple[Tensor, ...] | None = None
+
+
+class MaskedLMHead(nn.Module):
+    """dense, activation, LayerNorm, decoder tied to the word embeddings: [..., hidden] -> [..., vocabulary]."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.act_fn = ACT2FN[config.act_fn]
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.LN_eps)
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.decoder(self.norm(self.act_fn(self.dense(hidden))))
+
+
+class SentenceOrderHead(nn.Module):
+    """tanh(dense(h_[CLS])), then two classes: [batch, length, hidden] -> [batch, 2]."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.classifier = nn.Linear(config.hidden_size, 2)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.classifier(torch.tanh(self.dense(hidden[:, 0])))
+
+
+class PositionPooler(nn.Module):
+    """A learned weight per position: pooled = sum over the real tokens of w_t h_t."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.max_position_embeddings))
+
+    def forward(self, hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
+        weight = self.weight[: hidden.shape[1]].expand(hidden.shape[:2])
+        if attention_mask is not None:
+            weight = weight * attention_mask
+        return (weight[:, None].to(hidden.dtype) @ hidden).squeeze(1)
+
+
+class MeanPooler(nn.Module):
+    """The mean over the real tokens."""
+
+    def forward(self, hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
+        if attention_mask is None:
+            return hidden.mean(dim=1)
+        weight = attention_mask.to(hidden.dtype)[..., None]
+        return (hidden * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
+
+
+class FirstTokenPooler(nn.Module):
+    """The hidden state of [CLS]."""
+
+    def forward(self, hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
+        return hidden[:, 0]
+
+
+def build_pooler(config) -> nn.Module:
+    """The module that turns [batch, length, hidden] and a mask into [batch, hidden], by `config.pooler`."""
+    if config.pooler == "decoder":
+        return PositionPooler(config)
+    return MeanPooler() if config.pooler == "mean" else FirstTokenPooler()
+
+
+@torch.no_grad()
+def initialize(module: nn.Module, config) -> None:
+    """Initial values of the parameters that the heads hold outside torch's own layers."""
+    if isinstance(module, PositionPooler):
+        # Starts as a mean over a full-length text, so that embeddings have a usable size from the first step.
+        init.constant_(module.weight, 1 / config.max_position_embeddings)
+
+
+def masked_lm_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy over labelled tokens, [tokens, vocabulary] and [tokens]; 0 where no token is labelled."""
+    return F.cross_entropy(logits.float(), targets, reduction="sum") / max(len(targets), 1)
+
+
+def classification_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy over the rows whose target is not -100, [rows, classes] and [rows]; 0 where none is."""
+    rows = (targets != IGNORE).sum().clamp(min=1)
+    return F.cross_entropy(logits.float(), targets, ignore_index=IGNORE, reduction="sum") / rows
+
+
+def in_batch_retrieval_loss(embeddings: Tensor, context_embeddings: Tensor) -> Tensor:
+    """Softmax over the inner products of each query with every context of the batch; query i belongs to context i.
+
+    Both are [batch, hidden]. (ICT: ORQA, arXiv:1906.00300, section 4; in-batch negatives: DPR, arXiv:2004.04906, 3.2.)
+    """
+    scores = embeddings.float() @ context_embeddings.float().T
+    return F.cross_entropy(scores, torch.arange(len(scores), device=scores.device))
+
+
+def sum_losses(*losses: Tensor | None) -> Tensor:
+    """The sum of the losses that are there."""
+    return torch.stack([loss for loss in losses if loss is not None]).sum()
+
+
+def require(given: dict[str, Any], purpose: str) -> bool:
+    """Whether every input of an objective is given.
+
+    Raises:
+        ValueError: some of them are given and others lacking: a loss would silently be another one.
+    """
+    missing = [name for name, value in given.items() if value is None]
+    if missing and len(missing) < len(given):
+        present = [name for name in given if name not in missing]
+        raise ValueError(f"{purpose} needs {', '.join(missing)} beside {', '.join(present)}")
+    return not missing
+
+
+class EncoderHeads:
+    """What every head shares: the encoder under `self.encoder`, and the layers that `build_heads` adds."""
+
+    base_model_class: type[nn.Module]
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.encoder = self.base_model_class(config)
+        self.build_heads(config)
+        self.post_init()
+
+
+class MaskedLMHeadAccess:
+    """Where transformers finds the decoder that is tied to the word embeddings."""
+
+    _tied_weights_keys = {"mlm_head.decoder.weight": "encoder.embeddings.word_embeddings.weight"}
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.mlm_head.decoder
+
+    def set_output_embeddings(self, decoder: nn.Linear) -> None:
+        self.mlm_head.decoder = decoder
+
+    def predict_tokens(self, hidden: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Vocabulary logits and labels of the labelled tokens alone (6 of 7 tokens are not, and the decoder is the
+        largest matrix of a small model), or the logits of all tokens where there are no labels."""
+        if labels is None:
+            return self.mlm_head(hidden), None
+        if labels.shape != hidden.shape[:2]:
+            raise ValueError(f"labels have shape {tuple(labels.shape)}, the input has {tuple(hidden.shape[:2])}")
+        labelled = labels != IGNORE
+        return self.mlm_head(hidden[labelled]), labels[labelled]
+
+
+class MaskedLMHeads(MaskedLMHeadAccess, EncoderHeads):
+    """ForMaskedLM."""
+
+    def build_heads(self, config) -> None:
+        self.mlm_head = MaskedLMHead(config)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> MaskedLMOutput:
+        """Inputs as in the encoder; `labels` [batch, length] with -100 where no token is to be predicted."""
+        encoded = self.encoder(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
+        logits, targets = self.predict_tokens(encoded.last_hidden_state, labels)
+        loss = mlm_loss = None
+        if labels is not None:
+            mlm_loss = masked_lm_loss(logits, targets)
+            loss = sum_losses(mlm_loss, encoded.aux_loss)
+        return MaskedLMOutput(loss=loss, logits=logits, mlm_loss=mlm_loss, **layer_outputs(encoded))
+
+
+class QuestionAnsweringHeads(EncoderHeads):
+    """ForQuestionAnswering."""
+
+    def build_heads(self, config) -> None:
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+        **kwargs: Any,
+    ) -> QuestionAnsweringOutput:
+        """Inputs as in the encoder; `start_positions` and `end_positions` [batch], token positions.
+
+        A position outside the input is not scored: the answer lies outside this window.
+        """
+        encoded = self.encoder(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
+        start_logits, end_logits = self.qa_outputs(encoded.last_hidden_state).unbind(dim=-1)
+        loss = None
+        if require({"start_positions": start_positions, "end_positions": end_positions}, "question answering"):
+            span_loss = (
+                classification_loss(start_logits, positions_inside(start_positions, start_logits))
+                + classification_loss(end_logits, positions_inside(end_positions, end_logits))
+            ) / 2
+            loss = sum_losses(span_loss, encoded.aux_loss)
+        return QuestionAnsweringOutput(
+            loss=loss, start_logits=start_logits, end_logits=end_logits, **layer_outputs(encoded)
+        )
+
+
+class RetrievalHeads(EncoderHeads):
+    """ForRetrieval."""
+
+    def build_heads(self, config) -> None:
+        self.pooler = build_pooler(config)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        context_input_ids: Tensor | None = None,
+        context_attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> RetrievalOutput:
+        """The query as `input_ids` (inputs as in the encoder) and, to get a loss, its context.
+
+        Args:
+            context_input_ids, context_attention_mask: [batch, context length]; context i belongs to query i, the other
+                contexts of the batch are its negatives. The mask defaults to no padding.
+        """
+        encoded = self.encoder(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
+        embeddings = self.pooler(encoded.last_hidden_state, attention_mask)
+        output = RetrievalOutput(embeddings=embeddings, **layer_outputs(encoded))
+        if context_input_ids is None:
+            if context_attention_mask is not None:
+                raise ValueError("the retrieval loss needs context_input_ids beside context_attention_mask")
+            return output
+        encoded_context = self.encoder(context_input_ids, context_attention_mask, **kwargs)
+        output.context_embeddings = self.pooler(encoded_context.last_hidden_state, context_attention_mask)
+        output.aux_loss = mean_aux_loss(encoded, encoded_context)
+        retrieval_loss = in_batch_retrieval_loss(embeddings, output.context_embeddings)
+        output.loss = sum_losses(retrieval_loss, output.aux_loss)
+        return output
+
+
+class PreTrainingHeads(MaskedLMHeadAccess, EncoderHeads):
+    """ForPreTraining: MLM and SOP, or MLM and ICT, by `config.pretraining_objective`."""
+
+    def build_heads(self, config) -> None:
+        self.mlm_head = MaskedLMHead(config)
+        if config.pretraining_objective == "sop":
+            self.sop_head = SentenceOrderHead(config)
+        else:
+            self.pooler = build_pooler(config)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        sentence_order_label: Tensor | None = None,
+        context_input_ids: Tensor | None = None,
+        context_attention_mask: Tensor | None = None,
+        context_labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> PreTrainingOutput:
+        """Predict, and with labels compute the losses.
+
+        Args:
+            input_ids ... inputs_embeds: as in the encoder; for ICT this is the query.
+            labels: [batch, length], -100 where no token is to be predicted.
+            sentence_order_label: SOP: [batch], 0 = original order, 1 = swapped, -100 = not scored.
+            context_input_ids, context_attention_mask, context_labels: ICT: [batch, context length]; context i is the
+                block that query i was taken from, the other contexts of the batch are its negatives.
+
+        Raises:
+            ValueError: some inputs of the objective's loss are given and others lacking, or they belong to the
+                other objective.
+        """
+        if self.config.pretraining_objective == "sop":
+            foreign = {"context_input_ids": context_input_ids, "context_labels": context_labels}
+            needed = {"labels": labels, "sentence_order_label": sentence_order_label}
+        else:
+            foreign = {"sentence_order_label": sentence_order_label}
+            needed = {"labels": labels, "context_input_ids": context_input_ids, "context_labels": context_labels}
+        surplus = [name for name, value in foreign.items() if value is not None]
+        if surplus:
+            raise ValueError(
+                f"{', '.join(surplus)} given, but pretraining_objective is {self.config.pretraining_objective!r}"
+            )
+        has_loss = require(needed, f"the {self.config.pretraining_objective} pretraining loss")
+
+        encoded = self.encoder(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
+        logits, targets = self.predict_tokens(encoded.last_hidden_state, labels)
+        output = PreTrainingOutput(prediction_logits=logits, **layer_outputs(encoded))
+        if self.config.pretraining_objective == "sop":
+            output.sop_logits = self.sop_head(encoded.last_hidden_state)
+            if has_loss:
+                output.sop_loss = classification_loss(output.sop_logits, sentence_order_label)
+        else:
+            output.embeddings = self.pooler(encoded.last_hidden_state, attention_mask)
+            if has_loss:
+                encoded_context = self.encoder(context_input_ids, context_attention_mask, **kwargs)
+                output.context_embeddings = self.pooler(encoded_context.last_hidden_state, context_attention_mask)
+                output.ict_loss = in_batch_retrieval_loss(output.embeddings, output.context_embeddings)
+                output.aux_loss = mean_aux_loss(encoded, encoded_context)
+                context_logits, context_targets = self.predict_tokens(
+                    encoded_context.last_hidden_state, context_labels
+                )
+                output.prediction_logits = torch.cat([logits, context_logits])
+                targets = torch.cat([targets, context_targets])
+        if has_loss:
+            output.mlm_loss = masked_lm_loss(output.prediction_logits, targets)
+            output.loss = sum_losses(output.mlm_loss, output.sop_loss, output.ict_loss, output.aux_loss)
+        return output
+
+
+def positions_inside(positions: Tensor, logits: Tensor) -> Tensor:
+    """`positions` [batch] with those outside `logits` [batch, length] set to be ignored; [batch, 1] is accepted."""
+    positions = positions.reshape(len(logits))
+    outside = (positions < 0) | (positions >= logits.shape[1])
+    return positions.masked_fill(outside, IGNORE)
+
+
+def layer_outputs(encoded: EncoderOutput) -> dict[str, Any]:
+    """The fields of an encoder's output that every head hands on."""
+    return {
+        "aux_loss": encoded.aux_loss,
+        "hidden_states": encoded.hidden_states,
+        "attentions": encoded.attentions,
+        "router_logits": encoded.router_logits,
+    }
+
+
+def mean_aux_loss(first: EncoderOutput, second: EncoderOutput) -> Tensor | None:
+    """The auxiliary loss of a query and context pair: a text weighs the same wherever it stands."""
+    return None if first.aux_loss is None else (first.aux_loss + second.aux_loss) / 2

@@ -1,0 +1,457 @@
+"""The MixLM encoder: mixed-kernel convolutions inside attention and feed-forward, residual attention, shared layers.
+
+Letters of the shapes in this file: batch B, length L, hidden size C, slices E (`n_experts`), slice width D = C / E,
+kernel groups G (`num_heads`), feed-forward width F.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .configuration import MixLMConfig
+from .heads import EncoderOutput, MaskedLMHeads, PreTrainingHeads, QuestionAnsweringHeads, RetrievalHeads, initialize
+
+
+def kernel_sizes(largest: int, groups: int) -> list[int]:
+    """The kernel size of each of `groups` kernel groups, largest first, all odd.
+
+    Odd sizes evenly spread from `largest` down to 3, repeated where there are more groups than sizes; one group has
+    `largest` alone. With (largest - 1) / 2 groups every odd size occurs once: 9, 7, 5, 3. (Mixed depthwise
+    convolutions: MixConv, arXiv:1907.09595; here along the tokens.)
+    """
+    available = list(range(largest, 2, -2)) or [largest]
+    if groups == 1 or len(available) == 1:
+        return [largest] * groups
+    return [available[round(group * (len(available) - 1) / (groups - 1))] for group in range(groups)]
+
+
+class Embeddings(nn.Module):
+    """Word + position + token type embeddings, LayerNorm, dropout: [B, L] -> [B, L, C]."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.LN_eps)
+        self.dropout = nn.Dropout(config.dropout_prob)
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        token_type_ids: Tensor | None,
+        position_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+    ) -> Tensor:
+        words = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        length, longest = words.shape[1], self.position_embeddings.num_embeddings
+        if length > longest:
+            raise ValueError(f"the input has {length} tokens, but max_position_embeddings is {longest}")
+        if position_ids is None:
+            position_ids = torch.arange(length, device=words.device)[None]
+        if token_type_ids is None:
+            token_type_ids = torch.zeros(words.shape[:2], dtype=torch.long, device=words.device)
+        embedded = words + self.position_embeddings(position_ids) + self.token_type_embeddings(token_type_ids)
+        return self.dropout(self.norm(embedded))
+
+
+class MixedKernelConvolution(nn.Module):
+    """Each slice of the hidden state through its own grouped convolution along the tokens: [B, L, C] -> [B, E, M, L].
+
+    Group g of a slice maps D / G channels to M / G channels with a centred kernel of its own size. Slices have the
+    same sizes, so one convolution per kernel group serves all slices, and no tap is spent on a kernel's zero rim.
+    """
+
+    def __init__(self, config: MixLMConfig, channels_per_slice: int):
+        super().__init__()
+        self.slices, self.groups = config.n_experts, config.num_heads
+        inputs = config.hidden_size // self.groups
+        outputs = channels_per_slice * self.slices // self.groups
+        self.convolutions = nn.ModuleList(
+            nn.Conv1d(inputs, outputs, size, padding=size // 2, groups=self.slices)
+            for size in kernel_sizes(config.kernel_size, config.num_heads)
+        )
+
+    def forward(self, hidden: Tensor, token_mask: Tensor | None) -> Tensor:
+        if token_mask is not None:
+            hidden = hidden * token_mask  # a kernel reaches over the end of a text: padding must be zero
+        batch, length, _ = hidden.shape
+        by_group = hidden.view(batch, length, self.slices, self.groups, -1).permute(3, 0, 2, 4, 1)
+        convolved = [
+            convolution(inputs.flatten(1, 2)).view(batch, self.slices, -1, length)
+            for convolution, inputs in zip(self.convolutions, by_group, strict=True)
+        ]
+        return torch.cat(convolved, dim=2)
+
+
+def attention_with_residual_scores(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    previous_scores: Tensor | None,
+    attention_mask: Tensor | None,
+    dropout: nn.Dropout,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention that adds the previous layer's raw scores to its own (RealFormer, arXiv:2012.11747, eq. 3).
+
+    Args:
+        queries, values: [B, maps, L, width].
+        keys: [B, maps, width, L], already transposed.
+        previous_scores: [B, maps, L, L] before the mask and the softmax, or None in the first layer.
+        attention_mask: bool [B, 1, 1, L], True for real tokens, or None.
+
+    Returns:
+        the attended values [B, maps, L, width], the probabilities and the raw scores to carry on [B, maps, L, L].
+    """
+    scores = queries @ keys / math.sqrt(queries.shape[-1])
+    if previous_scores is not None:
+        scores = scores + previous_scores
+    visible = scores
+    if attention_mask is not None:
+        visible = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    probabilities = visible.softmax(dim=-1)
+    return dropout(probabilities) @ values, probabilities, scores
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """The plain form behind transformers' attention interface: tensors [B, maps, L, width], additive mask."""
+    scores = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    probabilities = scores.softmax(dim=-1)
+    attended = nn.functional.dropout(probabilities, dropout, module.training) @ value
+    return attended.transpose(1, 2), probabilities
+
+
+class ResidualAttention(nn.Module):
+    """What the attention of both families shares: attend, join the maps, project back to the hidden size.
+
+    A family's own attention says what queries, keys and values are.
+    """
+
+    is_causal = False
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.dropout_prob)
+
+    def attend(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        previous_scores: Tensor | None,
+        attention_mask: Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Tensors as in `attention_with_residual_scores`.
+
+        Returns the attended tokens [B, L, C], the probabilities [B, maps, L, L] (None where the attention interface
+        has none) and the raw scores to carry on (None without residual attention).
+        """
+        scores = None
+        if self.config.residual_attention:
+            attended, probabilities, scores = attention_with_residual_scores(
+                queries, keys, values, previous_scores, attention_mask, self.dropout
+            )
+            attended = attended.transpose(1, 2)
+        else:
+            interface = ALL_ATTENTION_FUNCTIONS.get_interface(
+                self.config._attn_implementation, eager_attention_forward
+            )
+            attended, probabilities = interface(
+                self,
+                queries,
+                keys.transpose(2, 3),
+                values,
+                attention_mask,
+                scaling=1 / math.sqrt(queries.shape[-1]),
+                dropout=self.dropout.p if self.training else 0.0,
+                **kwargs,
+            )
+        return self.o_proj(attended.flatten(2)), probabilities, scores
+
+
+class MixLMAttention(ResidualAttention):
+    """Attention of each slice H_e: softmax(H_e K_eᵀ / √D + carried scores) H_e, with K_e a convolution of H_e.
+
+    There is no query or value projection: a slice looks for itself among keys that know their neighbourhood.
+    """
+
+    def __init__(self, config: MixLMConfig):
+        super().__init__(config)
+        self.key = MixedKernelConvolution(config, config.hidden_size // config.n_experts)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        previous_scores: Tensor | None,
+        token_mask: Tensor | None,
+        attention_mask: Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """[B, L, C] -> attended [B, L, C], probabilities [B, E, L, L], raw scores [B, E, L, L]."""
+        slices = hidden.unflatten(-1, (self.config.n_experts, -1)).transpose(1, 2)  # [B, E, L, D]
+        keys = self.key(hidden, token_mask)  # [B, E, D, L]
+        return self.attend(slices, keys, slices, previous_scores, attention_mask, **kwargs)
+
+
+class MixLMFeedForward(nn.Module):
+    """Mixed-kernel convolution to width F, activation, dense back to C, dropout: [B, L, C] -> [B, L, C]."""
+
+    def __init__(self, config: MixLMConfig):
+        super().__init__()
+        self.convolution = MixedKernelConvolution(config, config.ff_dim // config.n_experts)
+        self.act_fn = ACT2FN[config.act_fn]
+        self.dense = nn.Linear(config.ff_dim, config.hidden_size)
+        self.dropout = nn.Dropout(config.dropout_prob)
+
+    def forward(self, hidden: Tensor, token_mask: Tensor | None) -> tuple[Tensor, None]:
+        """Returns the transformed tokens, and None where a mixture of experts has its router logits."""
+        convolved = self.act_fn(self.convolution(hidden, token_mask))  # [B, E, F / E, L]
+        return self.dropout(self.dense(convolved.flatten(1, 2).transpose(1, 2))), None
+
+
+class EncoderLayer(GradientCheckpointingLayer):
+    """The residual skeleton of one layer: x + f(LN(x)) (pre-LN) or LN(x + f(x)) (post-LN), for attention and
+    feed-forward in turn.
+
+    It owns the two LayerNorms only. Attention and feed-forward are handed in, because a layer group may share either
+    with other layers while each layer keeps its own norms.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.pre_norm = config.ln_pos == 0
+        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.LN_eps)
+        self.feed_forward_norm = nn.LayerNorm(config.hidden_size, eps=config.LN_eps)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        scores: Tensor | None,
+        token_mask: Tensor | None,
+        attention_mask: Tensor | None,
+        attention: nn.Module,
+        feed_forward: nn.Module,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """[B, L, C] -> hidden [B, L, C], raw scores to carry on, router logits (None without experts)."""
+        if self.pre_norm:
+            attended, _, scores = attention(self.attention_norm(hidden), scores, token_mask, attention_mask, **kwargs)
+            hidden = hidden + attended
+            transformed, router_logits = feed_forward(self.feed_forward_norm(hidden), token_mask)
+            hidden = hidden + transformed
+        else:
+            attended, _, scores = attention(hidden, scores, token_mask, attention_mask, **kwargs)
+            hidden = self.attention_norm(hidden + attended)
+            transformed, router_logits = feed_forward(hidden, token_mask)
+            hidden = self.feed_forward_norm(hidden + transformed)
+        return hidden, scores, router_logits
+
+
+class EncoderStack(nn.Module):
+    """The layers of an encoder. Consecutive layers of a group run the same module, as in ALBERT (arXiv:1909.11942).
+
+    Sharing is by calling one module several times; no parameter is stored, saved or updated twice.
+    """
+
+    def __init__(self, config, attention_class: type[nn.Module], feed_forward_class: type[nn.Module]):
+        super().__init__()
+        self.num_layers, self.layer_group = config.num_hidden_layers, config.layer_group
+        self.shared = {
+            "all": {"attention", "feed_forward", "norms"},
+            "ffn": {"feed_forward"},
+            "attention": {"attention"},
+        }[config.shared_parameters]
+        self.attentions = nn.ModuleList(attention_class(config) for _ in range(self._count("attention")))
+        self.feed_forwards = nn.ModuleList(feed_forward_class(config) for _ in range(self._count("feed_forward")))
+        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(self._count("norms")))
+        self.final_norm = (
+            nn.LayerNorm(config.hidden_size, eps=config.LN_eps) if config.final_layer_norm else nn.Identity()
+        )
+
+    def _count(self, part: str) -> int:
+        return self.num_layers // self.layer_group if part in self.shared else self.num_layers
+
+    def _module_of(self, part: str, modules: nn.ModuleList, layer: int) -> nn.Module:
+        return modules[layer // self.layer_group if part in self.shared else layer]
+
+    def forward(
+        self, hidden: Tensor, token_mask: Tensor | None, attention_mask: Tensor | None, **kwargs: Any
+    ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        """[B, L, C] -> last hidden state [B, L, C], router logits of each layer (None without experts)."""
+        scores, router_logits = None, []
+        for index in range(self.num_layers):
+            hidden, scores, logits = self._module_of("norms", self.layers, index)(
+                hidden,
+                scores,
+                token_mask,
+                attention_mask,
+                self._module_of("attention", self.attentions, index),
+                self._module_of("feed_forward", self.feed_forwards, index),
+                **kwargs,
+            )
+            router_logits.append(logits)
+        return self.final_norm(hidden), tuple(router_logits)
+
+
+class MixLMPreTrainedModel(PreTrainedModel):
+    """Initialisation, loading and saving of every MixLM model; a saved folder carries the code of all heads."""
+
+    config: MixLMConfig
+    base_model_prefix = "encoder"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["EncoderLayer", "MixLMAttention", "MixLMFeedForward"]
+    _supports_sdpa = True
+    # A folder may hold the weights of several heads; a model takes its own and lets the others be.
+    _keys_to_ignore_on_load_unexpected = [r"^(mlm_head|sop_head|pooler|qa_outputs)\."]
+    _can_record_outputs = {"hidden_states": EncoderLayer, "attentions": OutputRecorder(ResidualAttention, index=1)}
+    # Auto class -> class of this family. Written into every saved configuration, so that a process without this
+    # package loads every head of the folder with trust_remote_code=True. AutoModelForTextEncoding is transformers'
+    # name for models that turn a text into vectors.
+    auto_classes = {
+        "AutoConfig": "configuration.MixLMConfig",
+        "AutoModel": "modeling_mixlm.MixLMModel",
+        "AutoModelForPreTraining": "modeling_mixlm.MixLMForPreTraining",
+        "AutoModelForMaskedLM": "modeling_mixlm.MixLMForMaskedLM",
+        "AutoModelForQuestionAnswering": "modeling_mixlm.MixLMForQuestionAnswering",
+        "AutoModelForTextEncoding": "modeling_mixlm.MixLMForRetrieval",
+    }
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        initialize(module, self.config)
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """As in transformers; the configuration also names the class of every head (`auto_map`)."""
+        self.config.auto_map = dict(self.auto_classes)
+        return super().save_pretrained(save_directory, **kwargs)
+
+    def _encode(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        token_type_ids: Tensor | None,
+        position_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        """The base model's forward: embeddings and the stack. Returns hidden [B, L, C] and the router logits."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        hidden = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)
+        token_mask = None
+        if attention_mask is not None:
+            if attention_mask.shape != hidden.shape[:2]:
+                raise ValueError(
+                    f"attention_mask has shape {tuple(attention_mask.shape)}, expected {tuple(hidden.shape[:2])}: "
+                    "one number a token, 0 for padding"
+                )
+            token_mask = attention_mask.to(hidden.dtype)[..., None]  # [B, L, 1]
+        if self.config.residual_attention:
+            visible = None if attention_mask is None else attention_mask.bool()[:, None, None, :]
+        else:
+            visible = create_bidirectional_mask(
+                config=self.config, inputs_embeds=hidden, attention_mask=attention_mask
+            )
+        return self.stack(hidden, token_mask, visible, **kwargs)
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.base_model.embeddings.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.base_model.embeddings.word_embeddings = value
+
+
+class MixLMModel(MixLMPreTrainedModel):
+    """The bare encoder."""
+
+    def __init__(self, config: MixLMConfig):
+        super().__init__(config)
+        self.embeddings = Embeddings(config)
+        self.stack = EncoderStack(config, MixLMAttention, MixLMFeedForward)
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> EncoderOutput:
+        """Encode a batch.
+
+        Args:
+            input_ids: [batch, length] token ids; or `inputs_embeds` [batch, length, hidden].
+            attention_mask: [batch, length], 1 for real tokens and 0 for padding; default: no padding.
+            token_type_ids: [batch, length]; default: all 0.
+            position_ids: [batch, length] or [1, length]; default: 0, 1, 2, ...
+
+        Returns:
+            `EncoderOutput` with last_hidden_state [batch, length, hidden]; on request hidden_states (layers + 1 of the
+            same shape) and attentions [batch, slices, length, length] of each layer.
+
+        Raises:
+            ValueError: more tokens than max_position_embeddings; a mask of another shape; no input or two.
+        """
+        hidden, _ = self._encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
+        return EncoderOutput(last_hidden_state=hidden)
+
+
+class MixLMForPreTraining(PreTrainingHeads, MixLMPreTrainedModel):
+    """MLM and SOP, or MLM and ICT, by `config.pretraining_objective`."""
+
+    base_model_class = MixLMModel
+
+
+class MixLMForMaskedLM(MaskedLMHeads, MixLMPreTrainedModel):
+    """The MLM head alone: fills masks."""
+
+    base_model_class = MixLMModel
+
+
+class MixLMForQuestionAnswering(QuestionAnsweringHeads, MixLMPreTrainedModel):
+    """Start and end of an answer in a text."""
+
+    base_model_class = MixLMModel
+
+
+class MixLMForRetrieval(RetrievalHeads, MixLMPreTrainedModel):
+    """One vector a text; with contexts, the in-batch retrieval loss."""
+
+    base_model_class = MixLMModel
+
+
+__all__ = [
+    "MixLMPreTrainedModel",
+    "MixLMModel",
+    "MixLMForPreTraining",
+    "MixLMForMaskedLM",
+    "MixLMForQuestionAnswering",
+    "MixLMForRetrieval",
+]
