@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.utils import ModelOutput
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 IGNORE = -100  # a label that is not scored
@@ -261,7 +262,7 @@ class MaskedLMHeads(MaskedLMHeadAccess, EncoderHeads):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> MaskedLMOutput:
         """Inputs as in the encoder; `labels` [batch, length] with -100 where no token is to be predicted."""
         encoded = self.encoder(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
@@ -289,21 +290,19 @@ class QuestionAnsweringHeads(EncoderHeads):
         inputs_embeds: Tensor | None = None,
         start_positions: Tensor | None = None,
         end_positions: Tensor | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> QuestionAnsweringOutput:
         """Inputs as in the encoder; `start_positions` and `end_positions` [batch], token positions.
 
-        A position outside the input is not scored: the answer lies outside this window.
+        A position outside the text is not scored: the answer lies outside this window.
         """
         encoded = self.encoder(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         start_logits, end_logits = self.qa_outputs(encoded.last_hidden_state).unbind(dim=-1)
         loss = None
         if require({"start_positions": start_positions, "end_positions": end_positions}, "question answering"):
-            span_loss = (
-                classification_loss(start_logits, positions_inside(start_positions, start_logits))
-                + classification_loss(end_logits, positions_inside(end_positions, end_logits))
-            ) / 2
-            loss = sum_losses(span_loss, encoded.aux_loss)
+            start_loss = position_loss(start_logits, start_positions, attention_mask)
+            end_loss = position_loss(end_logits, end_positions, attention_mask)
+            loss = sum_losses((start_loss + end_loss) / 2, encoded.aux_loss)
         return QuestionAnsweringOutput(
             loss=loss, start_logits=start_logits, end_logits=end_logits, **layer_outputs(encoded)
         )
@@ -325,7 +324,7 @@ class RetrievalHeads(EncoderHeads):
         inputs_embeds: Tensor | None = None,
         context_input_ids: Tensor | None = None,
         context_attention_mask: Tensor | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> RetrievalOutput:
         """The query as `input_ids` (inputs as in the encoder) and, to get a loss, its context.
 
@@ -371,7 +370,7 @@ class PreTrainingHeads(MaskedLMHeadAccess, EncoderHeads):
         context_input_ids: Tensor | None = None,
         context_attention_mask: Tensor | None = None,
         context_labels: Tensor | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> PreTrainingOutput:
         """Predict, and with labels compute the losses.
 
@@ -387,7 +386,11 @@ class PreTrainingHeads(MaskedLMHeadAccess, EncoderHeads):
                 other objective.
         """
         if self.config.pretraining_objective == "sop":
-            foreign = {"context_input_ids": context_input_ids, "context_labels": context_labels}
+            foreign = {
+                "context_input_ids": context_input_ids,
+                "context_attention_mask": context_attention_mask,
+                "context_labels": context_labels,
+            }
             needed = {"labels": labels, "sentence_order_label": sentence_order_label}
         else:
             foreign = {"sentence_order_label": sentence_order_label}
@@ -398,6 +401,8 @@ class PreTrainingHeads(MaskedLMHeadAccess, EncoderHeads):
                 f"{', '.join(surplus)} given, but pretraining_objective is {self.config.pretraining_objective!r}"
             )
         has_loss = require(needed, f"the {self.config.pretraining_objective} pretraining loss")
+        if context_attention_mask is not None and not has_loss:
+            raise ValueError("context_attention_mask is given without context_input_ids")
 
         encoded = self.encoder(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         logits, targets = self.predict_tokens(encoded.last_hidden_state, labels)
@@ -424,11 +429,18 @@ class PreTrainingHeads(MaskedLMHeadAccess, EncoderHeads):
         return output
 
 
-def positions_inside(positions: Tensor, logits: Tensor) -> Tensor:
-    """`positions` [batch] with those outside `logits` [batch, length] set to be ignored; [batch, 1] is accepted."""
-    positions = positions.reshape(len(logits))
-    outside = (positions < 0) | (positions >= logits.shape[1])
-    return positions.masked_fill(outside, IGNORE)
+def position_loss(logits: Tensor, positions: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Mean cross-entropy of `positions` [batch] or [batch, 1] among the real tokens of `logits` [batch, length].
+
+    Padding is no candidate, and a position outside the text is not scored.
+    """
+    positions, length = positions.reshape(len(logits)), logits.shape[1]
+    inside = (positions >= 0) & (positions < length)
+    if attention_mask is not None:
+        real = attention_mask.bool()
+        inside &= real.gather(1, positions.clamp(0, length - 1)[:, None])[:, 0]
+        logits = logits.masked_fill(~real, torch.finfo(logits.dtype).min)
+    return classification_loss(logits, positions.masked_fill(~inside, IGNORE))
 
 
 def layer_outputs(encoded: EncoderOutput) -> dict[str, Any]:

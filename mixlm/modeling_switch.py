@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -117,7 +119,8 @@ def within_capacity(expert: Tensor, real: Tensor, n_experts: int, capacity_facto
     """
     taken = F.one_hot(expert, n_experts) * real[..., None]  # [B, L, E]
     place_in_queue = (taken.cumsum(dim=1) * taken).sum(dim=-1)  # 1, 2, ... for real tokens
-    capacity = (capacity_factor * real.sum(dim=1, keepdim=True) / n_experts).ceil()
+    # 1.2 x 25 / 5 is 6, but 6.0000002 in floating point: a rounding error must not admit one more token.
+    capacity = (real.sum(dim=1, keepdim=True).double() * (capacity_factor * (1 - 1e-9)) / n_experts).ceil()
     return real & (place_in_queue <= capacity)
 
 
@@ -184,7 +187,7 @@ class MixLMSwitchModel(MixLMSwitchPreTrainedModel):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         output_router_logits: bool | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> EncoderOutput:
         """Encode a batch. Inputs and errors as in `MixLMModel.forward`.
 

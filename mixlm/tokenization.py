@@ -18,6 +18,7 @@ What happens to text before it is cut, and what does not:
 
 import json
 import math
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -40,7 +41,8 @@ CONTINUING_PREFIX = "##"
 LONGEST_WORD = 500
 
 # Characters get tokens before anything longer does. Where all of them would fill more than half of the vocabulary
-# (an encyclopedia has thousands of Han characters that occur once), the rarest are left out, up to this share of text.
+# (an encyclopedia has thousands of Han characters that occur once), the rarest are left out, up to this share of text;
+# beyond it only if they would fill more than three quarters.
 RARE_CHARACTERS = 0.0001
 
 # Words are counted in two steps, see `_count_words`: this many distinct eojeols are held at a time.
@@ -107,7 +109,7 @@ def train_tokenizer(
         lowercase: fold case.
         min_frequency: two tokens are merged into one if they stand side by side at least this often.
         total: the number of sentences, if known, for the progress bar.
-        show_progress: show a bar while reading, and the trainer's own bars.
+        show_progress: show a bar while reading, and the trainer's own bars; on a terminal only.
 
     Returns:
         The tokenizer, with [PAD] [UNK] [CLS] [SEP] [MASK] at ids 0 to 4.
@@ -126,9 +128,9 @@ def train_tokenizer(
         return [word for word, _ in pre_tokenizer.pre_tokenize_str(normalizer.normalize_str(text))]
 
     normalizer, pre_tokenizer = _normalizer(lowercase), pre_tokenizers.BertPreTokenizer()
-    progress = tqdm(
-        sentences, "read", total, unit=" sentences", unit_scale=True, disable=None if show_progress else True
-    )
+    # Where nobody watches, tqdm would fill a log file and the trainer's bars would leave blank lines on stdout.
+    show_progress = show_progress and sys.stderr.isatty()
+    progress = tqdm(sentences, "read", total, unit=" sentences", unit_scale=True, disable=not show_progress)
     word_counts = _count_words(progress, split_into_words)
     if not word_counts:
         raise UserError("cannot train a tokenizer: the corpus holds no text")
@@ -192,7 +194,7 @@ def _alphabet(word_counts: Counter[str], room: int, stands_alone: Callable[[str]
     kept = set(occurrences)
     for character in sorted(occurrences, key=lambda character: (occurrences[character], character)):
         left_out += occurrences[character]
-        if tokens_needed <= room // 2 or (tokens_needed <= room and left_out > may_be_left_out):
+        if tokens_needed <= room // 2 or (tokens_needed <= room * 3 // 4 and left_out > may_be_left_out):
             break
         kept.remove(character)
         tokens_needed -= 1 if stands_alone(character) else 2
@@ -233,7 +235,7 @@ def tokenizer_from_vocab(vocab_file: str | PathLike, *, lowercase: bool = False)
             )
         if token in vocabulary:
             raise UserError(
-                f"{path}, line {index + 1}: token '{token}' is already on line {vocabulary[token] + 1}; remove one of them"
+                f"{path}, line {index + 1}: '{token}' is already on line {vocabulary[token] + 1}; remove one of them"
             )
         vocabulary[token] = index
     missing = [token for token in SPECIAL_TOKENS if token not in vocabulary]
@@ -464,18 +466,18 @@ def _read_squad(file: str | PathLike) -> Iterator[tuple[str, list[tuple[str, int
     """Each context of a SQuAD-style file with its answers as (question id, start, text)."""
     path = Path(file)
     try:
-        articles = json.loads(_read_utf8(path))["data"]
+        articles = _typed(list, json.loads(_read_utf8(path))["data"])
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}: not JSON: {error.msg}") from error
     except (KeyError, TypeError) as error:
-        raise UserError(f"{path}: no 'data' at the top; a SQuAD-style file is wanted") from error
+        raise UserError(f"{path}: no list 'data' at the top; a SQuAD-style file is wanted") from error
     for number, article in enumerate(articles, start=1):
         try:
             paragraphs = [
                 (
-                    paragraph["context"],
+                    _typed(str, paragraph["context"]),
                     [
-                        (question["id"], answer["answer_start"], answer["text"])
+                        (str(question["id"]), _typed(int, answer["answer_start"]), _typed(str, answer["text"]))
                         for question in paragraph["qas"]
                         for answer in question.get("answers", [])
                     ],
@@ -488,3 +490,9 @@ def _read_squad(file: str | PathLike) -> Iterator[tuple[str, list[tuple[str, int
                 "with 'context' and 'qas', questions with 'id' and 'answers', answers with 'answer_start' and 'text'"
             ) from error
         yield from paragraphs
+
+
+def _typed(kind: type, value):
+    if not isinstance(value, kind):
+        raise TypeError(f"{value!r:.40} where {kind.__name__} is wanted")
+    return value

@@ -52,11 +52,11 @@ class Permutation:
     def _network(self, values: np.ndarray) -> np.ndarray:
         left, right = values >> self.half_bits, values & self.half_mask
         for key in self.round_keys:
-            left, right = right, left ^ (_scramble(right ^ key) & self.half_mask)
+            left, right = right, left ^ (scramble(right ^ key) & self.half_mask)
         return (left << self.half_bits) | right
 
 
-def _scramble(values: np.ndarray) -> np.ndarray:
+def scramble(values: np.ndarray) -> np.ndarray:
     """A 64-bit mix in which every input bit reaches the low bits (the finalizer of SplitMix64)."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -140,8 +140,8 @@ class LengthBucketedBatches:
         else:
             if rows_per_step < parts:
                 raise UserError(
-                    f"a step of {rows_per_step} rows cannot be shared by {ranks} ranks x {micro_batches} micro-batches; "
-                    f"use at least {parts} rows per step"
+                    f"a step of {rows_per_step} rows cannot be shared by {ranks} ranks x {micro_batches} micro-batches"
+                    f"; use at least {parts} rows per step"
                 )
             fewest_rows = expected_rows = rows_per_step
             self.rows_per_epoch = rows // rows_per_step * rows_per_step
@@ -151,8 +151,8 @@ class LengthBucketedBatches:
             )
         if rows_per_step is not None and max_steps_per_epoch is not None and max_steps_per_epoch > self._full_steps:
             raise UserError(
-                f"max_steps_per_epoch {max_steps_per_epoch} x {rows_per_step} rows per step is more than the {rows} rows "
-                f"of the data; use at most {self._full_steps}"
+                f"max_steps_per_epoch {max_steps_per_epoch} x {rows_per_step} rows per step is more than the {rows} "
+                f"rows of the data; use at most {self._full_steps}"
             )
         self.window_rows = window_steps * expected_rows
         # A last window too small for a batch is no window: every window has a batch.
@@ -232,8 +232,8 @@ class LengthBucketedBatches:
     def _deal(self, epoch: int, batch: np.ndarray) -> list[list[Key]]:
         """This rank's rows of a sorted global batch.
 
-        A micro-batch is a run of the sorted rows, which keeps its padding small; the ranks take the rows of that run in
-        turn, so that all of them have the same work at the same time.
+        A micro-batch is a run of the sorted rows, which keeps its padding small; the ranks take the rows of that run
+        in turn, so that all of them have the same work at the same time.
         """
         runs = np.array_split(batch, self.micro_batches)
         return [[(epoch, index) for index in run[self.rank :: self.ranks].tolist()] for run in runs]
@@ -312,8 +312,8 @@ def evaluation_batches(
         rows: most rows in a batch of one rank.
         pad_token_id: the padding token.
         rank: this process.
-        ranks: processes that share the examples. All of them get the same number of batches, except that where the last
-            global batch has fewer rows than there are ranks, the last ranks get one batch less.
+        ranks: processes that share the examples. All of them get the same number of batches, except where there are
+            fewer rows than ranks for a last batch: then the last ranks get one less.
 
     Yields:
         Collated batches.
@@ -331,7 +331,7 @@ def _loader(examples: Dataset, keys: Iterable[list[Key]], pad_token_id: int, num
         collate_fn=partial(collate, pad_token_id=pad_token_id),
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
-        # The loader draws a seed for its workers. Nothing here uses it; drawn from the global generator, it would change
-        # the dropout masks of a run that resumes.
+        # The loader draws a seed for its workers. Nothing here uses it; drawn from the global generator, it would
+        # change the dropout masks of a run that resumes.
         generator=torch.Generator(),
     )

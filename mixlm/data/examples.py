@@ -32,7 +32,6 @@ class _BlockExamples(Dataset):
         corpus: TokenizedCorpus,
         blocks: np.ndarray,
         masker: TokenMasker,
-        *,
         cls_token_id: int,
         sep_token_id: int,
         max_seq_length: int,
@@ -69,8 +68,8 @@ class SentenceOrderExamples(_BlockExamples):
     swapped, and the model tells which is the case. A block of one sentence, [CLS] A [SEP], is for masked language
     modelling alone.
 
-    An example has `input_ids`, `token_type_ids`, `labels` (all [length]) and `sentence_order_label`: 0 for the original
-    order, 1 for swapped segments, -100 for a block of one sentence.
+    An example has `input_ids`, `token_type_ids`, `labels` (all [length]) and `sentence_order_label`: 0 for the
+    original order, 1 for swapped segments, -100 for a block of one sentence.
     """
 
     special_tokens = 3
@@ -114,7 +113,8 @@ class InverseClozeExamples(_BlockExamples):
     """Masked language modelling and the inverse cloze task (Lee et al. 2019, section 4).
 
     A random sentence of a block is the query, the block without it the context that belongs to it. Sometimes the query
-    stays in the context, so that exact matches are learned too. Blocks of one sentence have no context and are left out.
+    stays in the context, so that exact matches are learned too. Blocks of one sentence have no context: they are left
+    out.
 
     An example has `input_ids` and `labels` of [CLS] query [SEP] (both [query length]), `context_input_ids` and
     `context_labels` of [CLS] context [SEP] (both [context length]).
@@ -125,9 +125,19 @@ class InverseClozeExamples(_BlockExamples):
 
     special_tokens = 2
 
-    def __init__(self, corpus: TokenizedCorpus, blocks: np.ndarray, *args, remove_query_probability=0.9, **kwargs):
+    def __init__(
+        self,
+        corpus: TokenizedCorpus,
+        blocks: np.ndarray,
+        masker: TokenMasker,
+        cls_token_id: int,
+        sep_token_id: int,
+        max_seq_length: int,
+        seed: int,
+        remove_query_probability: float = 0.9,
+    ):
         has_context = blocks[:, 2] - blocks[:, 1] > 1
-        super().__init__(corpus, blocks[has_context], *args, **kwargs)
+        super().__init__(corpus, blocks[has_context], masker, cls_token_id, sep_token_id, max_seq_length, seed)
         self.skipped_blocks = len(blocks) - len(self.blocks)
         self.remove_query_probability = remove_query_probability
 

@@ -1,0 +1,46 @@
+# `make` alone shows what there is. Every target sets up .venv by itself.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := demo-output
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all lint format bench clean
+
+help:  ## Show this help
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# constraints.txt pins the tested set; torch comes first and exactly, because a range would fetch a CUDA build.
+$(VENV)/installed: setup.py constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) ..."
+	@$(BIN)/pip install --quiet $$(grep '^torch==' constraints.txt)
+	@$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[plot,dev]'
+	@touch $@
+
+demo: $(VENV)/installed  ## Pretrain a tiny MixLM on the bundled corpus and fill a masked Korean sentence
+	@rm -rf $(DEMO)
+	$(BIN)/mixlm tokenizer train --corpus_path mixlm/sample --vocab_size 4000 --out $(DEMO)/tokenizer
+	$(BIN)/python run_pretraining.py examples/demo.json
+	$(BIN)/mixlm report $(DEMO)/tiny
+	$(BIN)/mixlm fill-mask --model $(DEMO)/tiny "한라산은 제주도 한가운데에 솟아 있는 [MASK]이다."
+
+test: $(VENV)/installed  ## Run every test that takes seconds
+	$(BIN)/python -m pytest -n 2
+
+test-all: $(VENV)/installed  ## Run the slow tests too
+	$(BIN)/python -m pytest -n 2 -m ''
+
+lint: $(VENV)/installed  ## Check style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/installed  ## Mend style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/installed  ## Measure the speed of a training step of each preset that fits a laptop
+	$(BIN)/python benchmarks/training_speed.py
+
+clean:  ## Remove what the targets made
+	rm -rf $(VENV) $(DEMO) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,86 @@
+"""What a store was made from, as hashes."""
+
+import hashlib
+import json
+import os
+import time
+from pathlib import Path
+
+from filelock import FileLock
+from tqdm import tqdm
+
+from mixlm.data.corpus import corpus_files
+
+# A file that was written a moment ago can be written again without a change of its time: its hash is not remembered.
+SETTLED_AFTER_NS = 2_000_000_000
+
+Stamps = dict[str, tuple[int, int]]  # of each file, in the order of reading: size, time of change in nanoseconds
+
+
+def hash_json(value: object) -> str:
+    """Hash of anything JSON can hold, the same in every process."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False)
+    return hashlib.blake2b(text.encode("utf-8"), digest_size=16).hexdigest()
+
+
+def file_stamps(corpus_path: str | Path) -> Stamps:
+    """Size and time of change of each corpus file."""
+    statuses = {str(file.resolve()): file.stat() for file in corpus_files(corpus_path)}
+    return {file: (status.st_size, status.st_mtime_ns) for file, status in statuses.items()}
+
+
+def content_hashes(stamps: Stamps, cache_dir: Path) -> list[str]:
+    """Hash of the content of each file.
+
+    Args:
+        stamps: the files.
+        cache_dir: where the hashes are remembered. A file of the same size and time of change is not read again.
+    """
+    memory = cache_dir / "file_hashes.json"
+    known = _remembered(memory, stamps)
+    if len(known) < len(stamps):
+        with FileLock(memory.with_suffix(".lock")):  # processes that start together read the files once
+            known = _remembered(memory, stamps)
+            unknown = [file for file in stamps if file not in known]
+            size = sum(stamps[file][0] for file in unknown)
+            with tqdm(desc="hashing the corpus", total=size, unit="B", unit_scale=True, delay=5) as progress:
+                known.update((file, _hash_file(file, progress)) for file in unknown)
+            _remember(memory, stamps, known)
+    return [known[file] for file in stamps]
+
+
+def _hash_file(file: str, progress: tqdm) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    with open(file, "rb") as stream:
+        while piece := stream.read(1 << 20):
+            digest.update(piece)
+            progress.update(len(piece))
+    return digest.hexdigest()
+
+
+def _read_memory(memory: Path) -> dict[str, dict]:
+    try:
+        return json.loads(memory.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def _remembered(memory: Path, stamps: Stamps) -> dict[str, str]:
+    """The hashes that are still good."""
+    entries = _read_memory(memory)
+    return {
+        file: entries[file]["blake2b"]
+        for file, (size, mtime_ns) in stamps.items()
+        if file in entries and (entries[file]["size"], entries[file]["mtime_ns"]) == (size, mtime_ns)
+    }
+
+
+def _remember(memory: Path, stamps: Stamps, hashes: dict[str, str]) -> None:
+    entries = _read_memory(memory)
+    now = time.time_ns()
+    for file, (size, mtime_ns) in stamps.items():
+        if now - mtime_ns > SETTLED_AFTER_NS:
+            entries[file] = {"size": size, "mtime_ns": mtime_ns, "blake2b": hashes[file]}
+    partial = memory.with_suffix(".partial")
+    partial.write_text(json.dumps(entries, ensure_ascii=False, indent=2), encoding="utf-8")
+    os.replace(partial, memory)

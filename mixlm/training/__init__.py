@@ -1,0 +1,1 @@
+"""Training: arguments, objectives, the one loop, checkpoints, curves."""

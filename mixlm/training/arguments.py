@@ -1,0 +1,237 @@
+"""What a training script can be told, on the command line or in one JSON file."""
+
+import dataclasses
+import difflib
+import json
+import sys
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin
+
+from transformers import HfArgumentParser
+
+from ..errors import UserError, one_line
+
+Arguments = TypeVar("Arguments", bound="TrainingArguments")
+
+
+@dataclass
+class TrainingArguments:
+    """What every training script takes. Sentinels are said in the help: None = what the help says instead."""
+
+    # The run and its folder
+    model_name: str = field(metadata={"help": "Name of the run; its folder is output_dir/model_name."})
+    output_dir: str = field(default="outputs", metadata={"help": "Folder that holds the runs."})
+    checkpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "Go on from this checkpoint folder, or from the run's newest with 'latest'. None = start anew."
+        },
+    )
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={"help": "Start anew although the run's folder is not empty; its checkpoints are deleted."},
+    )
+    seed: int = field(default=42, metadata={"help": "Seed of initial weights, order of data, masking and dropout."})
+
+    # Batches. An optimizer step sees train_batch_size x gradient_accumulation_steps x processes rows.
+    train_batch_size: int = field(default=32, metadata={"help": "Rows of one forward pass of one process."})
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Forward passes in one optimizer step."})
+    tokens_per_step: int | None = field(
+        default=None,
+        metadata={"help": "Cut steps by this many tokens (padding included) instead of by rows. None = by rows."},
+    )
+    num_workers: int = field(default=1, metadata={"help": "Processes that prepare batches. 0 = the training process."})
+
+    # Optimization
+    learning_rate: float = field(default=2e-4, metadata={"help": "Peak learning rate of AdamW."})
+    weight_decay: float = field(default=0.01, metadata={"help": "Decay of weights; none on biases and LayerNorms."})
+    adam_epsilon: float = field(default=1e-8, metadata={"help": "Epsilon of AdamW."})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Clip the global gradient norm to this. 0 = never."})
+    num_steps: int = field(default=10_000, metadata={"help": "Optimizer steps to train."})
+    scheduler_num_steps: int | None = field(
+        default=None,
+        metadata={"help": "Step at which the learning rate would reach 0. Larger than num_steps: training stops "
+                  "before that. None = num_steps."},
+    )  # fmt: skip
+    warmup_steps: int = field(default=0, metadata={"help": "Steps in which the learning rate rises from 0."})
+    max_steps_per_epoch: int | None = field(
+        default=None, metadata={"help": "End an epoch after this many steps. None = when the data is used up."}
+    )
+    fp16: bool = field(default=False, metadata={"help": "Mixed precision with fp16 and a gradient scaler (CUDA)."})
+    bf16: bool = field(default=False, metadata={"help": "Mixed precision with bf16."})
+
+    # Watching and saving
+    logging_steps: int = field(default=10, metadata={"help": "Steps between two points of the curves."})
+    save_steps: int = field(default=1000, metadata={"help": "Steps between two checkpoints. 0 = only at the end."})
+    keep_checkpoints: int = field(default=2, metadata={"help": "Checkpoints to keep; older ones are deleted."})
+    eval_steps: int = field(default=0, metadata={"help": "Steps between two evaluations. 0 = only at the end."})
+
+    def __post_init__(self):
+        if self.scheduler_num_steps is None:
+            self.scheduler_num_steps = self.num_steps
+        for name in (
+            "train_batch_size",
+            "gradient_accumulation_steps",
+            "num_steps",
+            "logging_steps",
+            "keep_checkpoints",
+        ):
+            self.require(getattr(self, name) >= 1, name, "at least 1")
+        for name in ("num_workers", "weight_decay", "max_grad_norm", "warmup_steps", "save_steps", "eval_steps"):
+            self.require(getattr(self, name) >= 0, name, "at least 0")
+        for name in ("learning_rate", "adam_epsilon"):
+            self.require(getattr(self, name) > 0, name, "above 0")
+        self.require(
+            self.scheduler_num_steps >= self.num_steps, "scheduler_num_steps", f"at least num_steps={self.num_steps}"
+        )
+        self.require(not (self.fp16 and self.bf16), "fp16", "off when bf16 is on")
+        named_well = self.model_name not in ("", ".", "..") and not set(self.model_name) & set("/\\")
+        self.require(named_well, "model_name", "a plain folder name, without slashes")
+
+    def require(self, allowed: bool, name: str, rule: str) -> None:
+        """Raise UserError unless the field's value is allowed."""
+        if not allowed:
+            raise UserError(f"--{name}={getattr(self, name)!r}: must be {rule}")
+
+    @property
+    def run_folder(self) -> Path:
+        """output_dir/model_name: checkpoints, curves, results and at the end the model."""
+        return Path(self.output_dir) / self.model_name
+
+    def to_dict(self) -> dict[str, Any]:
+        """The resolved arguments, as saved beside every checkpoint."""
+        return dataclasses.asdict(self)
+
+
+@dataclass
+class PretrainingArguments(TrainingArguments):
+    """What `run_pretraining.py` takes beside that."""
+
+    # Text: a corpus of .dat files, or a dataset
+    corpus_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder or file of .dat, .dat.xz, .dat.gz: a sentence a line, a blank line between documents."
+        },
+    )
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Instead: a `datasets` name or a local dataset; each row is a document."}
+    )
+    text_column: str = field(default="text", metadata={"help": "Column of the dataset that holds the text."})
+    cache_dir: str | None = field(
+        default=None, metadata={"help": "Where the tokenized corpus is kept. None = MIXLM_CACHE or ~/.cache/mixlm."}
+    )
+    eval_split: float = field(default=0.01, metadata={"help": "Share of the documents held out for evaluation."})
+    max_eval_examples: int = field(default=1000, metadata={"help": "Evaluate on at most this many held-out blocks."})
+
+    # Model
+    tokenizer: str | None = field(default=None, metadata={"help": "Folder or Hub name of a fast tokenizer. Required."})
+    family: Literal["mixlm", "switch"] = field(default="mixlm", metadata={"help": "Encoder family."})
+    preset: str | None = field(
+        default=None, metadata={"help": "A preset's name; its vocabulary becomes the tokenizer's. None = mixlm-mini."}
+    )
+    config_file: str | None = field(default=None, metadata={"help": "Instead of a preset: a JSON configuration."})
+
+    # Objective
+    task: Literal["SOP", "ICT"] = field(default="SOP", metadata={"help": "What is learned beside masked tokens."})
+    max_seq_length: int = field(default=128, metadata={"help": "Tokens of an example, special ones included."})
+    mlm_probability: float = field(default=0.15, metadata={"help": "Share of the tokens that are to be predicted."})
+    masking: Literal["subword", "word", "ngram"] = field(
+        default="ngram", metadata={"help": "What is masked as one: a token, a whole word, or 1 to 3 words."}
+    )
+    remove_query_probability: float = field(
+        default=0.9, metadata={"help": "ICT: how often the query is removed from its block."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if (self.corpus_path is None) == (self.dataset_name is None):
+            raise UserError("give either --corpus_path (a folder or file of .dat) or --dataset_name")
+        if self.tokenizer is None:
+            raise UserError("--tokenizer is missing; make one with: mixlm tokenizer train --corpus_path ... --out DIR")
+        if self.preset is not None and self.config_file is not None:
+            raise UserError(f"--preset={self.preset} and --config_file={self.config_file}: give one of them")
+        if self.preset is None and self.config_file is None:
+            self.preset = "mixlm-mini" if self.family == "mixlm" else "mixlm-switch-mini"
+        self.require(0 < self.mlm_probability < 1, "mlm_probability", "between 0 and 1")
+        self.require(0 <= self.remove_query_probability <= 1, "remove_query_probability", "from 0 to 1")
+        self.require(0 < self.eval_split < 1, "eval_split", "between 0 and 1")
+        self.require(self.max_eval_examples >= 1, "max_eval_examples", "at least 1")
+        self.require(self.max_seq_length >= 8, "max_seq_length", "at least 8")
+
+
+class _Parser(HfArgumentParser):
+    """argparse reports a mistake in several lines and exits; here it is a UserError."""
+
+    def error(self, message: str):
+        raise UserError(message)
+
+
+def parse_arguments(arguments_class: type[Arguments], argv: list[str] | None = None) -> Arguments:
+    """The arguments from `--name value ...`, or from one `.json` file.
+
+    Raises:
+        UserError: an unknown name (with the nearest known one), a value of the wrong type or one that is not allowed.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    if len(argv) == 1 and argv[0].endswith(".json"):
+        return _from_json(arguments_class, Path(argv[0]))
+    parser = _Parser(arguments_class, allow_abbrev=False)
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        raise UserError(f"unknown argument {unknown[0]}{_nearest(unknown[0].lstrip('-'), arguments_class, '--')}")
+    given = {name: value for name, value in vars(arguments).items() if name in _fields(arguments_class)}
+    return arguments_class(**given)
+
+
+def _from_json(arguments_class: type[Arguments], path: Path) -> Arguments:
+    try:
+        values = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a JSON file: {one_line(error)}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: holds a JSON {type(values).__name__}, expected an object of arguments")
+    types = typing.get_type_hints(arguments_class)
+    for name, value in values.items():
+        if name not in _fields(arguments_class):
+            raise UserError(f"{path}: unknown field {name!r}{_nearest(name, arguments_class, '')}")
+        if not _has_type(value, types[name]):
+            raise UserError(f"{path}: field {name!r} is {json.dumps(value)}, expected {_describe(types[name])}")
+    required = [f.name for f in dataclasses.fields(arguments_class) if f.default is dataclasses.MISSING]
+    missing = [name for name in required if name not in values]
+    if missing:
+        raise UserError(f"{path}: field {missing[0]!r} is missing")
+    return arguments_class(**values)
+
+
+def _fields(arguments_class: type) -> list[str]:
+    return [f.name for f in dataclasses.fields(arguments_class)]
+
+
+def _nearest(name: str, arguments_class: type, dashes: str) -> str:
+    close = difflib.get_close_matches(name.split("=")[0], _fields(arguments_class), n=1)
+    return f"; did you mean {dashes}{close[0]}?" if close else "; --help lists them"
+
+
+def _has_type(value: Any, annotation: Any) -> bool:
+    if get_origin(annotation) is Literal:
+        return value in get_args(annotation)
+    if get_args(annotation):  # a union
+        return any(_has_type(value, part) for part in get_args(annotation))
+    if annotation is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if annotation is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, annotation)
+
+
+def _describe(annotation: Any) -> str:
+    if get_origin(annotation) is Literal:
+        return " or ".join(map(repr, get_args(annotation)))
+    if get_args(annotation):
+        return " or ".join(_describe(part) for part in get_args(annotation))
+    return {"NoneType": "null", "str": "text", "bool": "true or false"}.get(annotation.__name__, annotation.__name__)

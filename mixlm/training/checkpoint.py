@@ -1,0 +1,167 @@
+"""Checkpoints: a folder is either whole or absent.
+
+    step-00001000/
+      model/                  plain `from_pretrained`
+      optimizer.safetensors   AdamW's moments by parameter name
+      state.json              step, position in the data, resolved arguments, versions, hashes of the files
+
+Written beside, flushed, hashed, renamed; older ones are deleted only afterwards. There is no random state to save:
+order of data, masking and dropout are functions of the seed and the step.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..data.batching import Position
+from ..errors import UserError
+
+OPTIMIZER_FILE, STATE_FILE, MODEL_FOLDER = "optimizer.safetensors", "state.json", "model"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass
+class TrainingState:
+    """Where a run is: steps done, the place in the data after them, and the gradient scaler's state (fp16)."""
+
+    step: int
+    position: Position
+    scaler: dict[str, Any] | None = None
+
+
+def write_atomically(folder: Path, write) -> None:
+    """Call `write(temporary folder)` and move the result to `folder`, so that `folder` is whole or absent."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.parent / f".{folder.name}.incomplete"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    write(temporary)
+    for path in temporary.rglob("*"):
+        if path.is_file():
+            _flush(path)
+    _flush(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)
+    _flush(folder.parent)
+
+
+def save_checkpoint(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainingState, arguments: dict[str, Any]
+) -> None:
+    """Write a whole checkpoint.
+
+    Args:
+        folder: where it is to be, e.g. `.../step-00001000`.
+        model: the bare PreTrainedModel.
+        optimizer: AdamW over its parameters.
+        state: steps done and place in the data.
+        arguments: the resolved arguments of the run.
+    """
+
+    def write(temporary: Path) -> None:
+        model.save_pretrained(temporary / MODEL_FOLDER)
+        save_file(optimizer_tensors(model, optimizer), temporary / OPTIMIZER_FILE)
+        files = sorted(path for path in temporary.rglob("*") if path.is_file())
+        contents = {
+            "step": state.step,
+            "position": state.position.to_dict(),
+            "scaler": state.scaler,
+            "arguments": arguments,
+            "versions": {name: version(name) for name in ("torch", "transformers", "accelerate")},
+            "files": {path.relative_to(temporary).as_posix(): _hash(path) for path in files},
+        }
+        (temporary / STATE_FILE).write_text(json.dumps(contents, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+    write_atomically(folder, write)
+
+
+def load_checkpoint(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[TrainingState, dict[str, Any]]:
+    """Fill model and optimizer; returns the state and the arguments the checkpoint was written with.
+
+    Raises:
+        UserError: not a checkpoint, a damaged file, or one of another model.
+    """
+    contents = read_state(folder)
+    for name, expected in contents["files"].items():
+        if not (folder / name).is_file() or _hash(folder / name) != expected:
+            raise UserError(f"{folder / name}: damaged or missing; use an older checkpoint")
+    weights = load_file(folder / MODEL_FOLDER / "model.safetensors")
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    missing = [name for name in missing if name not in (model._tied_weights_keys or {})]
+    if missing or unexpected:
+        raise UserError(f"{folder}: holds another model: missing {missing[:3]}, not expected {unexpected[:3]}")
+    load_optimizer_tensors(model, optimizer, load_file(folder / OPTIMIZER_FILE))
+    state = TrainingState(contents["step"], Position.from_dict(contents["position"]), contents["scaler"])
+    return state, contents["arguments"]
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The contents of a checkpoint's state.json.
+
+    Raises:
+        UserError: there is none, or it is not readable.
+    """
+    try:
+        return json.loads((folder / STATE_FILE).read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{folder}: not a checkpoint (no {STATE_FILE}); they lie in RUN/checkpoints/step-..."
+        ) from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"{folder / STATE_FILE}: damaged: {error}") from error
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The whole checkpoints of a run's `checkpoints` folder, oldest first."""
+    found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints."""
+    for path in checkpoints_in(folder)[:-keep]:
+        shutil.rmtree(path)
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """AdamW's state as `moment/parameter name` -> tensor, and `step/parameter name`."""
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        for key in (*MOMENTS, "step"):
+            if parameter in optimizer.state:
+                tensors[f"{key}/{name}"] = optimizer.state[parameter][key].detach().clone()
+    return tensors
+
+
+def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """The reverse of `optimizer_tensors`."""
+    for name, parameter in model.named_parameters():
+        if f"step/{name}" in tensors:
+            state = {moment: tensors[f"{moment}/{name}"].to(parameter.device) for moment in MOMENTS}
+            step = tensors[f"step/{name}"].to(parameter.device if parameter.is_cuda else "cpu")
+            optimizer.state[parameter] = {**state, "step": step}
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, hashlib.blake2b).hexdigest()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,91 @@
+"""What a pretraining model has learned, on documents it has not seen."""
+
+import math
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..heads import IGNORE
+from .objectives import Batch, gather_rows
+
+# Held-out text is always masked at BERT's rate, so that runs with different training rates can be compared.
+EVALUATION_MASKING_PROBABILITY = 0.15
+RECALL_CHUNK = 1024  # queries that are scored against all contexts at once
+
+
+def unigram_log_probabilities(token_counts: np.ndarray) -> Tensor:
+    """log p(token) of a model that knows only how often each token occurs, with one added to each count.
+
+    `token_counts` is [vocabulary]; the cross-entropy of this model on the masked tokens is the loss to beat.
+    """
+    counts = torch.from_numpy(np.asarray(token_counts, dtype=np.float64)) + 1
+    return (counts / counts.sum()).log().float()
+
+
+@torch.no_grad()
+def evaluate_pretraining(
+    model: nn.Module, batches: Iterable[Batch], accelerator: Accelerator, unigram: Tensor
+) -> dict[str, float]:
+    """Metrics over all ranks' held-out batches.
+
+    Args:
+        model: a ForPreTraining model in evaluation mode.
+        batches: this rank's share.
+        accelerator: adds up over ranks.
+        unigram: from `unigram_log_probabilities`, [vocabulary].
+
+    Returns:
+        mlm_loss (nats per masked token), mlm_accuracy, perplexity, unigram_loss, examples; and sop_accuracy, or
+        ict_recall@1: how often a query's own context scores highest among the contexts of all held-out examples.
+    """
+    unigram = unigram.to(accelerator.device)
+    sums = torch.zeros(6, dtype=torch.float64)  # loss, unigram loss, correct, tokens, sentence orders correct, of
+    examples = 0
+    queries, contexts = [], []
+    for batch in tqdm(batches, desc="evaluating", leave=False, disable=not accelerator.is_main_process, delay=2):
+        batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
+        outputs = model(**batch)
+        labels = [batch[name][batch[name] != IGNORE] for name in ("labels", "context_labels") if name in batch]
+        targets = torch.cat(labels)
+        correct = (outputs.prediction_logits.argmax(dim=-1) == targets).sum()
+        sums[:4] += torch.stack(
+            [outputs.mlm_loss * len(targets), -unigram[targets].sum(), correct, torch.tensor(len(targets))]
+        ).cpu()
+        examples += len(batch["input_ids"])
+        if outputs.sop_logits is not None:
+            order = batch["sentence_order_label"]
+            sums[4] += (outputs.sop_logits.argmax(dim=-1) == order)[order != IGNORE].sum().cpu()
+            sums[5] += (order != IGNORE).sum().cpu()
+        else:
+            queries.append(outputs.embeddings)
+            contexts.append(outputs.context_embeddings)
+
+    totals = accelerator.reduce(
+        torch.cat([sums, torch.tensor([examples])]).float().to(accelerator.device), "sum"
+    ).tolist()
+    loss, unigram_loss, correct, tokens, orders_correct, orders, examples = totals
+    metrics = {
+        "mlm_loss": loss / max(tokens, 1),
+        "mlm_accuracy": correct / max(tokens, 1),
+        "perplexity": math.exp(min(loss / max(tokens, 1), 700)),
+        "unigram_loss": unigram_loss / max(tokens, 1),
+        "examples": examples,
+    }
+    if queries:
+        all_queries, _ = gather_rows(accelerator, torch.cat(queries))
+        all_contexts, _ = gather_rows(accelerator, torch.cat(contexts))
+        return {**metrics, "ict_recall@1": recall_at_1(all_queries, all_contexts)}
+    return {**metrics, "sop_accuracy": orders_correct / max(orders, 1)}
+
+
+def recall_at_1(queries: Tensor, contexts: Tensor) -> float:
+    """The share of queries [n, hidden] whose inner product is highest with the context [n, hidden] of their number."""
+    hits = 0
+    for first in range(0, len(queries), RECALL_CHUNK):
+        best = (queries[first : first + RECALL_CHUNK] @ contexts.T).argmax(dim=1)
+        hits += int((best == torch.arange(first, first + len(best), device=best.device)).sum())
+    return hits / max(len(queries), 1)

@@ -1,0 +1,90 @@
+"""Curves of a run as a picture."""
+
+from pathlib import Path
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from ..errors import UserError
+
+# Panels of the picture: title, and the tags that are drawn in it where the run has them.
+PANELS = (
+    ("masked tokens: loss (nats)", ("train/mlm_loss", "eval/mlm_loss", "eval/unigram_loss")),
+    ("total loss (nats)", ("train/loss",)),
+    ("second objective: loss (nats)", ("train/sop_loss", "train/ict_loss")),
+    ("held-out accuracy", ("eval/mlm_accuracy", "eval/sop_accuracy", "eval/ict_recall@1")),
+    ("learning rate", ("train/lr",)),
+    ("gradient norm", ("train/grad_norm",)),
+    ("tokens per second", ("train/tokens_per_second",)),
+    ("router losses", ("train/aux_loss",)),
+)
+
+
+def read_curves(run_folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """The scalars of a run by tag: (step, value), ascending. A step written again after a resume counts once.
+
+    Raises:
+        UserError: the folder holds no curves.
+    """
+    events = sorted(run_folder.rglob("events.out.tfevents.*"), key=lambda path: path.stat().st_mtime)
+    curves: dict[str, dict[int, float]] = {}
+    for path in events:
+        accumulator = EventAccumulator(str(path), size_guidance={"scalars": 0})
+        accumulator.Reload()
+        for tag in accumulator.Tags()["scalars"]:
+            for event in accumulator.Scalars(tag):
+                curves.setdefault(tag, {})[event.step] = event.value
+    if not curves:
+        raise UserError(f"{run_folder}: no curves there; give a run's folder (output_dir/model_name)")
+    return {tag: sorted(values.items()) for tag, values in curves.items()}
+
+
+def plot_curves(runs: dict[str, Path], out: Path) -> None:
+    """Draw the curves of one or several runs into one PNG, a colour a run.
+
+    Args:
+        runs: label -> run folder.
+        out: the picture to write.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    curves = {label: read_curves(Path(folder)) for label, folder in runs.items()}
+    expert_tags = sorted({tag for run in curves.values() for tag in run if tag.startswith("train/expert_")})
+    panels = [*PANELS, ("share of tokens per expert, and dropped", (*expert_tags, "train/dropped_share"))]
+    panels = [
+        (title, tags)
+        for title, tags in panels
+        if any(value for run in curves.values() for tag in tags for _, value in run.get(tag, []))
+    ]
+    columns = 3
+    rows = -(-len(panels) // columns)
+    figure, axes = pyplot.subplots(rows, columns, figsize=(5 * columns, 3.4 * rows), squeeze=False)
+    colours = pyplot.rcParams["axes.prop_cycle"].by_key()["color"]
+    for axis, (title, tags) in zip(axes.flat, panels, strict=False):
+        for run_number, (label, run) in enumerate(curves.items()):
+            for tag_number, tag in enumerate(tag for tag in tags if tag in run):
+                steps, values = zip(*run[tag], strict=True)
+                one_run = len(curves) == 1
+                axis.plot(
+                    steps,
+                    values,
+                    label=tag if one_run else f"{label} {tag}",
+                    color=colours[(tag_number if one_run else run_number) % len(colours)],
+                    linestyle=("-", "--", ":", "-.")[0 if one_run else tag_number % 4],
+                    linewidth=1.2,
+                    marker="o" if len(steps) == 1 else None,
+                )
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("step", fontsize=8)
+        axis.grid(alpha=0.3)
+        axis.tick_params(labelsize=8)
+        axis.legend(fontsize=7)
+    for axis in list(axes.flat)[len(panels) :]:
+        axis.axis("off")
+    figure.suptitle(", ".join(runs), fontsize=12)
+    figure.tight_layout()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=110)
+    pyplot.close(figure)

@@ -1,0 +1,154 @@
+#!/usr/bin/env python
+"""Pretrain a MixLM or Switch encoder with masked tokens and sentence order (SOP) or the inverse cloze task (ICT).
+
+    python run_pretraining.py --model_name my-model --corpus_path CORPUS --tokenizer TOKENIZER --num_steps 2000
+
+or `accelerate launch --num_processes 2 run_pretraining.py ...`, or `python run_pretraining.py arguments.json`.
+"""
+
+from functools import partial
+
+import numpy as np
+
+from mixlm import MixLMConfig, MixLMForPreTraining, MixLMSwitchConfig, MixLMSwitchForPreTraining
+from mixlm.data.batching import LengthBucketedBatches, evaluation_batches, training_batches
+from mixlm.data.examples import InverseClozeExamples, SentenceOrderExamples
+from mixlm.data.masking import TokenMasker
+from mixlm.data.store import TokenizedCorpus, open_corpus
+from mixlm.errors import UserError, exits_on_user_error
+from mixlm.tokenization import load_tokenizer, word_start_table
+from mixlm.training.arguments import PretrainingArguments, parse_arguments
+from mixlm.training.evaluation import (
+    EVALUATION_MASKING_PROBABILITY,
+    evaluate_pretraining,
+    unigram_log_probabilities,
+)
+from mixlm.training.loop import finish_run, prepare_run, train
+from mixlm.training.objectives import InverseClozeObjective, SentenceOrderObjective
+
+FAMILIES = {
+    "mixlm": (MixLMConfig, MixLMForPreTraining),
+    "switch": (MixLMSwitchConfig, MixLMSwitchForPreTraining),
+}
+OBJECTIVES = {"SOP": SentenceOrderObjective, "ICT": InverseClozeObjective}
+
+
+def build_model(arguments: PretrainingArguments, tokenizer):
+    """A new model by preset or configuration file, whose vocabulary is the tokenizer's."""
+    config_class, model_class = FAMILIES[arguments.family]
+    overrides = {"pretraining_objective": arguments.task.lower(), "pad_token_id": tokenizer.pad_token_id}
+    if arguments.preset is not None:
+        overrides["vocab_size"] = len(tokenizer)
+    source = arguments.preset or arguments.config_file
+    try:
+        config = config_class.from_preset(source, **overrides)
+    except Exception as error:  # a wrong value is one of several kinds of error of transformers' configurations
+        raise UserError(f"{source}: {error}") from error
+    if config.vocab_size != len(tokenizer):
+        raise UserError(
+            f"{source}: vocab_size={config.vocab_size}, but the tokenizer {arguments.tokenizer} has {len(tokenizer)} "
+            f"tokens; set vocab_size to that"
+        )
+    if arguments.max_seq_length > config.max_position_embeddings:
+        raise UserError(
+            f"--max_seq_length={arguments.max_seq_length} is above max_position_embeddings="
+            f"{config.max_position_embeddings} of {source}; use a shorter length or another configuration"
+        )
+    return model_class(config)
+
+
+def build_examples(arguments: PretrainingArguments, tokenizer, corpus: TokenizedCorpus):
+    """The training examples, and the held-out ones: masked at BERT's rate, ICT's query never in its block."""
+    examples_class = {"SOP": SentenceOrderExamples, "ICT": InverseClozeExamples}[arguments.task]
+    blocks = corpus.blocks(arguments.max_seq_length - SentenceOrderExamples.special_tokens)
+    is_held_out = corpus.held_out(arguments.eval_split)[blocks[:, 0]]
+    word_start = word_start_table(tokenizer)
+
+    def build(blocks: np.ndarray, probability: float, seed: int, **options):
+        masker = TokenMasker(
+            len(tokenizer),
+            tokenizer.mask_token_id,
+            tokenizer.all_special_ids,
+            word_start,
+            probability,
+            arguments.masking,
+        )
+        ids = (tokenizer.cls_token_id, tokenizer.sep_token_id)
+        return examples_class(corpus, blocks, masker, *ids, arguments.max_seq_length, seed, **options)
+
+    ict = arguments.task == "ICT"
+    training = build(
+        blocks[~is_held_out],
+        arguments.mlm_probability,
+        arguments.seed,
+        **({"remove_query_probability": arguments.remove_query_probability} if ict else {}),
+    )
+    held_out_blocks = np.asarray(blocks[is_held_out])
+    if len(held_out_blocks) > arguments.max_eval_examples:  # evenly over the held-out documents
+        chosen = np.linspace(0, len(held_out_blocks) - 1, arguments.max_eval_examples).round().astype(int)
+        held_out_blocks = held_out_blocks[chosen]
+    held_out = build(
+        held_out_blocks, EVALUATION_MASKING_PROBABILITY, 0, **({"remove_query_probability": 1.0} if ict else {})
+    )
+    return training, held_out
+
+
+@exits_on_user_error
+def main():
+    arguments = parse_arguments(PretrainingArguments)
+    accelerator = prepare_run(arguments)
+    tokenizer = load_tokenizer(arguments.tokenizer)
+    model = build_model(arguments, tokenizer)
+    corpus = open_corpus(
+        arguments.corpus_path,
+        tokenizer,
+        max_sentence_length=arguments.max_seq_length - SentenceOrderExamples.special_tokens,
+        cache_dir=arguments.cache_dir,
+        dataset_name=arguments.dataset_name,
+        text_column=arguments.text_column,
+    )
+    training, held_out = build_examples(arguments, tokenizer, corpus)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    accelerator.print(
+        f"{arguments.model_name}: {parameters / 1e6:.1f}M parameters, {len(training):,} training blocks of "
+        f"{corpus.num_documents:,} documents ({corpus.num_tokens:,} tokens), {len(held_out):,} held-out blocks; "
+        f"{corpus.cut_sentences:,} sentences were longer than max_seq_length and cut"
+    )
+    ranks, rank = accelerator.num_processes, accelerator.process_index
+    rows_per_step = arguments.train_batch_size * arguments.gradient_accumulation_steps * ranks
+    order = LengthBucketedBatches(
+        training.lengths,
+        seed=arguments.seed,
+        rows_per_step=rows_per_step if arguments.tokens_per_step is None else None,
+        tokens_per_step=arguments.tokens_per_step,
+        ranks=ranks,
+        rank=rank,
+        micro_batches=arguments.gradient_accumulation_steps,
+        max_steps_per_epoch=arguments.max_steps_per_epoch,
+    )
+    unigram = unigram_log_probabilities(corpus.token_counts)
+
+    def evaluate(model) -> dict[str, float]:
+        batches = evaluation_batches(held_out, arguments.train_batch_size, tokenizer.pad_token_id, rank, ranks)
+        return evaluate_pretraining(model, batches, accelerator, unigram)
+
+    batches = partial(
+        training_batches,
+        training,
+        order,
+        pad_token_id=tokenizer.pad_token_id,
+        num_workers=arguments.num_workers,
+    )
+    metrics = train(
+        model,
+        OBJECTIVES[arguments.task],
+        lambda position: batches(position=position),
+        arguments,
+        accelerator,
+        evaluate,
+    )
+    finish_run(model, tokenizer, metrics, arguments, accelerator)
+
+
+if __name__ == "__main__":
+    main()

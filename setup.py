@@ -1,0 +1,50 @@
+"""Packaging of mixlm."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+REPOSITORY = Path(__file__).parent
+
+setup(
+    name="mixlm",
+    version="0.1.0",
+    description="MixLM and Switch encoders for transformers: retrieval and machine reading in Korean and any language",
+    long_description=(REPOSITORY / "README.md").read_text("utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["mixlm", "mixlm.*"]),
+    package_data={"mixlm": ["configs/*.json", "sample/*.dat"]},
+    install_requires=[
+        "torch>=2.6",
+        "transformers>=5.23,<6",
+        "accelerate>=1.15",
+        "datasets>=5.2",
+        "evaluate>=0.4.6",
+        "fairscale>=0.4.13",
+        "filelock",
+        "huggingface_hub>=2.4",
+        "numpy>=2",
+        "pyarrow",
+        "safetensors",
+        "tensorboard>=2.21",
+        "tokenizers>=0.23",
+        "tqdm",
+    ],
+    extras_require={
+        "retrieval": ["faiss-cpu>=1.15", "bm25s>=0.3.16", "kiwipiepy>=0.24"],
+        "demo": ["gradio>=6.31"],
+        "plot": ["matplotlib>=3.10"],
+        "dev": [
+            "hypothesis",
+            "matplotlib>=3.10",
+            "parameterized",
+            "pytest>=9",
+            "pytest-timeout",
+            "pytest-xdist",
+            "ruff",
+        ],
+    },
+    entry_points={"console_scripts": ["mixlm = mixlm.cli:main"]},
+)
