@@ -40,7 +40,7 @@ format: $(VENV)/installed  ## Mend style
 	$(BIN)/ruff format .
 
 bench: $(VENV)/installed  ## Measure the speed of a training step of each preset that fits a laptop
-	$(BIN)/python benchmarks/training_speed.py
+	$(BIN)/python benchmarks/run.py
 
 clean:  ## Remove what the targets made
 	rm -rf $(VENV) $(DEMO) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -64,6 +64,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = _Parser(prog="mixlm", description="Encoders for retrieval and machine reading: everything but training.")
     subparsers = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
     add_tokenizer_parser(subparsers)
+    add_fill_mask_parser(subparsers)
+    add_report_parser(subparsers)
+    add_convert_parser(subparsers)
     arguments = parser.parse_args(argv)
     arguments.run(arguments)
 
@@ -125,6 +128,51 @@ def add_tokenizer_parser(subparsers) -> None:
     report.set_defaults(run=report_verb)
 
 
+def add_fill_mask_parser(subparsers) -> None:
+    """Add `mixlm fill-mask`."""
+    parser = subparsers.add_parser(
+        "fill-mask",
+        help="let a pretrained model fill [MASK] in a sentence",
+        description="Print what a pretrained model expects in place of [MASK].",
+        epilog='example:\n  mixlm fill-mask --model outputs/my-model "대한민국의 수도는 [MASK]이다."',
+    )
+    parser.add_argument("text", help="a sentence with at least one [MASK]")
+    parser.add_argument("--model", required=True, metavar="DIR", help="a model's folder, or its name on the Hub")
+    parser.add_argument("--top", type=int, default=5, metavar="N", help="answers per mask (default: %(default)s)")
+    parser.set_defaults(run=fill_mask_verb)
+
+
+def add_report_parser(subparsers) -> None:
+    """Add `mixlm report`."""
+    parser = subparsers.add_parser(
+        "report",
+        help="draw the curves of one or several training runs",
+        description="Draw the curves of training runs into a PNG and print their last numbers.",
+        epilog="example:\n  mixlm report outputs/my-model",
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="output_dir/model_name of a run")
+    parser.add_argument(
+        "--out", type=Path, metavar="PNG", help="the picture (default: curves.png in the first run's folder)"
+    )
+    parser.set_defaults(run=report_runs_verb)
+
+
+def add_convert_parser(subparsers) -> None:
+    """Add `mixlm convert`."""
+    parser = subparsers.add_parser(
+        "convert",
+        help="convert a checkpoint of the older implementation",
+        description="Convert a checkpoint of the older implementation into a folder that from_pretrained loads.",
+        epilog="example:\n  mixlm convert old.bin old_config.json my-model --family mixlm --head sop",
+    )
+    parser.add_argument("checkpoint", metavar="OLD.bin", help="the older weights; nothing but tensors is read from it")
+    parser.add_argument("config", metavar="OLD_config.json", help="the older configuration")
+    parser.add_argument("out", type=Path, metavar="OUT", help="the new folder")
+    parser.add_argument("--family", required=True, choices=("mixlm", "switch"), help="the architecture")
+    parser.add_argument("--head", required=True, choices=("sop", "ict"), help="what it was pretrained with")
+    parser.set_defaults(run=convert_verb)
+
+
 def _add_max_length(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max_length",
@@ -178,6 +226,57 @@ def report_verb(arguments: argparse.Namespace) -> None:
     if arguments.squad_file:
         print(f"\n{', '.join(arguments.squad_file)}")
         print(_table(_answer_rows(report)))
+
+
+def fill_mask_verb(arguments: argparse.Namespace) -> None:
+    """`mixlm fill-mask`."""
+    if arguments.top < 1:
+        raise UserError(f"--top {arguments.top}: must be 1 or more")
+    from transformers import AutoModelForMaskedLM, pipeline
+
+    import mixlm  # noqa: F401  registers the model families
+
+    from .tokenization import load_tokenizer
+
+    tokenizer = load_tokenizer(arguments.model)
+    masks = arguments.text.count(tokenizer.mask_token)
+    if not masks:
+        raise UserError(f"no {tokenizer.mask_token} in {arguments.text!r}; put it where a word is to be found")
+    try:
+        model = AutoModelForMaskedLM.from_pretrained(arguments.model)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model {arguments.model}: cannot be loaded: {error}") from error
+    answers = pipeline("fill-mask", model=model, tokenizer=tokenizer, top_k=arguments.top)(arguments.text)
+    print(arguments.text)
+    for number, of_mask in enumerate(answers if masks > 1 else [answers], start=1):
+        if masks > 1:
+            print(f"\nmask {number}")
+        print(_table([(answer["token_str"], f"{answer['score']:.1%}", "") for answer in of_mask]))
+
+
+def report_runs_verb(arguments: argparse.Namespace) -> None:
+    """`mixlm report`."""
+    from .training.report import last_values, plot_curves, read_curves
+
+    runs = {str(folder): read_curves(folder) for folder in arguments.runs}
+    out = arguments.out or arguments.runs[0] / "curves.png"
+    plot_curves(runs, out)
+    for name, curves in runs.items():
+        print(name)
+        print(_table([(tag, f"{value:,.4f}", f"step {step:,}") for tag, step, value in last_values(curves)]))
+    print(f"curves: {out}")
+
+
+def convert_verb(arguments: argparse.Namespace) -> None:
+    """`mixlm convert`."""
+    _check_free(arguments.out)
+    from .conversion import convert_checkpoint
+
+    def write(folder: Path) -> None:
+        convert_checkpoint(arguments.checkpoint, arguments.config, folder, arguments.family, arguments.head)
+
+    _write_folder(arguments.out, write)
+    print(f"converted into {arguments.out}; load it with from_pretrained")
 
 
 def _read_sentences(corpus_path: str) -> Iterator[str]:

@@ -1,10 +1,12 @@
 """Configurations of the two encoder families, and the presets that are loadable by name."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
 ACTIVATIONS = ("gelu", "relu", "swish")
@@ -14,6 +16,8 @@ PRESET_FOLDER = Path(__file__).parent / "configs"
 LEGACY_SETTINGS = {"shared_parameters": "ffn", "final_layer_norm": False}
 # Fields of older files that say nothing: an encoder is never causal, embeddings are as wide as the model.
 LEGACY_FIELDS = ("embedding_size", "causal")
+# Fields that tell the family of a file without `model_type`.
+FAMILY_FIELDS = ("kernel_size", "capacity_factor")
 
 
 @strict
@@ -44,7 +48,7 @@ class _EncoderConfig(PreTrainedConfig):
     layer_group: int = 1
     shared_parameters: Literal["all", "ffn", "attention"] = "all"
     ln_pos: int = 0
-    LN_eps: float = 1e-12
+    LN_eps: float | int = 1e-12
     final_layer_norm: bool | None = None
     residual_attention: bool = True
     initializer_range: float | int = 0.02
@@ -60,8 +64,13 @@ class _EncoderConfig(PreTrainedConfig):
             self.final_layer_norm = self.ln_pos == 0
         super().__post_init__(**kwargs)
 
-    def validate_sizes(self):
-        """Raise ValueError for a size that is not positive, an unknown activation or a wrong layer group."""
+    def validate_fields(self):
+        """Raise ValueError for a value that no field of its type may have, and for widths that cannot be cut."""
+        # One validator, because their order is alphabetical and widths are divided by sizes that must not be 0.
+        self._check_values()
+        self._check_widths()
+
+    def _check_values(self) -> None:
         for field in (
             "vocab_size", "hidden_size", "num_hidden_layers", "num_heads", "n_experts", "ff_dim",
             "max_position_embeddings", "type_vocab_size", "layer_group",
@@ -74,11 +83,21 @@ class _EncoderConfig(PreTrainedConfig):
             raise ValueError(f"ln_pos={self.ln_pos} must be 0 (pre-LN) or 1 (post-LN)")
         if not 0 <= self.dropout_prob < 1:
             raise ValueError(f"dropout_prob={self.dropout_prob} must be at least 0 and below 1")
+        self._check_number("LN_eps", above_zero=True, example="the usual value is 1e-12")
+        self._check_number("initializer_range", above_zero=False, example="the usual value is 0.02")
         if self.num_hidden_layers % self.layer_group:
             raise ValueError(
                 f"layer_group={self.layer_group} does not divide num_hidden_layers={self.num_hidden_layers}; "
                 f"use one of {', '.join(map(str, _divisors(self.num_hidden_layers)))}"
             )
+
+    def _check_widths(self) -> None:
+        raise NotImplementedError
+
+    def _check_number(self, field: str, above_zero: bool, example: str) -> None:
+        value = getattr(self, field)
+        if not (math.isfinite(value) and (value > 0 if above_zero else value >= 0)):
+            raise ValueError(f"{field}={value} must be {'above' if above_zero else 'at least'} 0; {example}")
 
     @classmethod
     def from_preset(cls, name_or_file: str | Path, **overrides: Any) -> "_EncoderConfig":
@@ -91,21 +110,40 @@ class _EncoderConfig(PreTrainedConfig):
             overrides: fields to set on top.
 
         Raises:
-            ValueError: the name is unknown, the file is not a JSON object, or it belongs to the other family.
+            ValueError: the name is unknown, the file is not a JSON object, it belongs to the other family, or a value
+                is not allowed. The message begins with the name or file.
         """
-        fields = _read_fields(name_or_file, cls.model_type)
+        fields = cls._by_own_names(_read_fields(name_or_file, cls.model_type))
         model_type = fields.pop("model_type", None)
         if model_type is None:
-            embedding_size = fields.get("embedding_size", fields.get("hidden_size"))
-            if embedding_size != fields.get("hidden_size"):
-                raise ValueError(
-                    f"{name_or_file}: embedding_size={embedding_size} differs from hidden_size="
-                    f"{fields.get('hidden_size')}; factorised embeddings are not supported"
-                )
-            fields = {**cls.legacy_settings(), **{k: v for k, v in fields.items() if k not in LEGACY_FIELDS}}
+            fields = cls._read_legacy_fields(name_or_file, fields)
         elif model_type != cls.model_type:
             raise ValueError(f"{name_or_file}: model_type={model_type!r}, but {cls.__name__} reads {cls.model_type!r}")
-        return cls(**{**fields, **overrides})
+        try:
+            return cls(**{**fields, **cls._by_own_names(overrides)})
+        except StrictDataclassError as error:
+            raise ValueError(f"{name_or_file}: {' '.join(str(error).split())}") from error
+
+    @classmethod
+    def _by_own_names(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        """`fields` without aliases: otherwise a file's `max_position_embedding` would beat an override."""
+        return {cls.attribute_map.get(name, name): value for name, value in fields.items()}
+
+    @classmethod
+    def _read_legacy_fields(cls, name_or_file: str | Path, fields: dict[str, Any]) -> dict[str, Any]:
+        foreign = [name for name in FAMILY_FIELDS if name in fields and not hasattr(cls, name)]
+        if foreign:
+            raise ValueError(
+                f"{name_or_file}: has {foreign[0]}, a field of the other family, and no model_type; "
+                f"{cls.__name__} reads model_type={cls.model_type!r}"
+            )
+        hidden_size = fields.get("hidden_size", cls.hidden_size)
+        if fields.get("embedding_size", hidden_size) != hidden_size:
+            raise ValueError(
+                f"{name_or_file}: embedding_size={fields['embedding_size']} differs from hidden_size={hidden_size}; "
+                "factorised embeddings are not supported"
+            )
+        return {**cls.legacy_settings(), **{k: v for k, v in fields.items() if k not in LEGACY_FIELDS}}
 
     @classmethod
     def legacy_settings(cls) -> dict[str, Any]:
@@ -149,20 +187,21 @@ class MixLMConfig(_EncoderConfig):
 
     kernel_size: int = 9
 
-    def validate_slices(self):
-        """Raise ValueError for an even kernel and for widths that cannot be cut into slices and kernel groups."""
+    def _check_widths(self) -> None:
         if self.kernel_size < 1 or self.kernel_size % 2 == 0:
+            near = (self.kernel_size - 1, self.kernel_size + 1)
             raise ValueError(
                 f"kernel_size={self.kernel_size} must be odd and positive, so that a kernel is centred; "
-                f"use {max(self.kernel_size - 1, 1)} or {max(self.kernel_size, 0) + 1}"
+                f"use {_one_of(near)}"
             )
         parts = self.n_experts * self.num_heads
         for field in ("hidden_size", "ff_dim"):
             width = getattr(self, field)
             if width % parts:
+                near = (width // parts * parts, (width // parts + 1) * parts)
                 raise ValueError(
                     f"{field}={width} is not divisible by n_experts x num_heads = {self.n_experts} x "
-                    f"{self.num_heads}; use {field}={max(width // parts, 1) * parts} or {(width // parts + 1) * parts}"
+                    f"{self.num_heads}; use {field}={_one_of(near)}"
                 )
 
 
@@ -193,15 +232,15 @@ class MixLMSwitchConfig(_EncoderConfig):
     router_z_loss_coef: float | int = 0.001
     output_router_logits: bool = False
 
-    def validate_heads(self):
-        """Raise ValueError for a width that cannot be cut into heads and for a capacity that takes no token."""
+    def _check_widths(self) -> None:
         if self.hidden_size % self.num_heads:
             raise ValueError(
                 f"hidden_size={self.hidden_size} is not divisible by num_heads={self.num_heads}; "
                 f"use num_heads = one of {', '.join(map(str, _divisors(self.hidden_size)))}"
             )
-        if self.capacity_factor <= 0:
-            raise ValueError(f"capacity_factor={self.capacity_factor} must be above 0 (the published value is 1.2)")
+        self._check_number("capacity_factor", above_zero=True, example="the published value is 1.2")
+        self._check_number("router_aux_loss_coef", above_zero=False, example="the usual value is 0.01")
+        self._check_number("router_z_loss_coef", above_zero=False, example="the usual value is 0.001")
 
     @classmethod
     def legacy_settings(cls) -> dict[str, Any]:
@@ -229,6 +268,10 @@ def _read_fields(name_or_file: str | Path, model_type: str) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise ValueError(f"{path}: holds a JSON {type(fields).__name__}, expected an object of configuration fields")
     return fields
+
+
+def _one_of(values: tuple[int, ...]) -> str:
+    return " or ".join(str(value) for value in values if value > 0) or "1"
 
 
 def _divisors(number: int) -> list[int]:

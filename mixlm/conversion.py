@@ -1,10 +1,14 @@
 """Checkpoints of the older implementation -> one folder that every head's `from_pretrained` loads."""
 
+import os
 import re
+import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from .configuration import MixLMConfig, MixLMSwitchConfig
 from .errors import UserError
@@ -15,6 +19,7 @@ FAMILIES = {
     "mixlm": (MixLMConfig, MixLMForPreTraining),
     "switch": (MixLMSwitchConfig, MixLMSwitchForPreTraining),
 }
+HEADS = ("sop", "ict")
 
 # Older key -> key here, for everything that is only renamed. None: not needed here.
 RENAMED = (
@@ -46,33 +51,78 @@ def convert_checkpoint(
     Args:
         checkpoint: a `.bin` file written by `torch.save`; read with `weights_only=True`, so no code in it runs.
         config_file: its JSON configuration.
-        out: the folder to write.
+        out: the folder to write, new or empty.
         family: "mixlm" or "switch".
-        head: "sop" (the checkpoint's `decoder` is the dense layer for sentence order) or "ict" (one weight a position).
+        head: what the checkpoint's `decoder` is: "sop" (the dense layer for sentence order) or "ict" (a weight per
+            position).
 
     Raises:
-        UserError: a file cannot be read, or it is not such a checkpoint (the message names the keys).
+        UserError: a file cannot be read, it is not such a checkpoint (the message names the keys), or `out` cannot be
+            written. Then `out` is as it was.
     """
+    if family not in FAMILIES:
+        raise UserError(f"family {family!r} is unknown; use one of {', '.join(FAMILIES)}")
+    if head not in HEADS:
+        raise UserError(f"head {head!r} is unknown; use one of {', '.join(HEADS)}")
+    out = Path(out).absolute()
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"{out}: exists already; name a folder that does not exist or is empty")
     config_class, model_class = FAMILIES[family]
     try:
         config = config_class.from_preset(config_file, pretraining_objective=head)
-    except Exception as error:  # transformers wraps wrong values in several classes of error
-        raise UserError(f"{config_file}: {error}") from error
-    weights = convert_weights(read_weights(checkpoint), config, head)
+    except (ValueError, OSError) as error:
+        raise UserError(str(error)) from error
+    older = read_weights(checkpoint)
+    try:
+        weights = convert_weights(older, config, head)
+    except UserError as error:
+        raise UserError(f"{checkpoint}: {error}") from error
 
     model = model_class(config)
-    missing, unexpected = model.load_state_dict(weights, strict=False)
-    missing = [name for name in missing if name != "mlm_head.decoder.weight"]
-    unexpected = [name for name in unexpected if not name.startswith("qa_outputs.")]
-    if missing or unexpected:
-        raise UserError(
-            f"{checkpoint}: does not fit {config_file} with --family {family} --head {head}: "
-            f"missing {missing[:3]}, not expected {unexpected[:3]}"
-        )
-    qa_outputs = {name: tensor for name, tensor in weights.items() if name.startswith("qa_outputs.")}
-    model.to(next(iter(weights.values())).dtype)
+    wrong = _differences(weights, model)
+    if wrong:
+        raise UserError(f"{checkpoint}: does not fit {config_file} with family {family}, head {head}: {wrong}")
+    model.to(weights["encoder.embeddings.word_embeddings.weight"].dtype)
     model.load_state_dict(weights, strict=False)
-    model.save_pretrained(out, state_dict={**model.state_dict(), **qa_outputs})
+    qa_outputs = {name: tensor for name, tensor in weights.items() if name.startswith("qa_outputs.")}
+    _save_whole(model, {**model.state_dict(), **qa_outputs}, out)
+
+
+def _differences(weights: dict[str, Tensor], model: torch.nn.Module) -> str:
+    """What keeps `weights` from being the model's, in words; "" where nothing does."""
+    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    expected |= {"qa_outputs.weight": (2, model.config.hidden_size), "qa_outputs.bias": (2,)}
+    optional = {"mlm_head.decoder.weight", "qa_outputs.weight", "qa_outputs.bias"}  # tied; not of this model
+    differences = {
+        "missing": [name for name in expected if name not in weights and name not in optional],
+        "not expected": [name for name in weights if name not in expected],
+        "of another shape": [
+            f"{name} {list(tensor.shape)} instead of {list(expected[name])}"
+            for name, tensor in weights.items()
+            if name in expected and tensor.shape != expected[name]
+        ],
+        "not of floating point": [name for name, tensor in weights.items() if not tensor.is_floating_point()],
+    }
+    return "; ".join(
+        f"{what}: {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+        for what, names in differences.items()
+        if names
+    )
+
+
+def _save_whole(model: PreTrainedModel, state_dict: dict[str, Tensor], out: Path) -> None:
+    """Write beside `out` and rename, so that the folder is either whole or not there."""
+    beside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        beside.mkdir(parents=True)
+        model.save_pretrained(beside, state_dict=state_dict)
+        if out.exists():
+            out.rmdir()
+        beside.rename(out)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 def read_weights(checkpoint: str | Path) -> dict[str, Tensor]:
@@ -82,9 +132,18 @@ def read_weights(checkpoint: str | Path) -> dict[str, Tensor]:
     except FileNotFoundError as error:
         raise UserError(f"{checkpoint}: no such file") from error
     except Exception as error:  # torch raises unpickling, zip and runtime errors for a file of another kind
-        raise UserError(f"{checkpoint}: not a file of plain tensors written by torch.save: {error}") from error
-    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        # Torch's own message would advise to run the file's code.
+        raise UserError(
+            f"{checkpoint}: not a file of plain tensors written by torch.save; a file that holds anything else, "
+            "such as code, is not read"
+        ) from error
+    if not isinstance(weights, dict):
         raise UserError(f"{checkpoint}: holds a {type(weights).__name__}, expected a dictionary of name -> tensor")
+    for name, value in weights.items():
+        if not (isinstance(name, str) and isinstance(value, Tensor)):
+            raise UserError(
+                f"{checkpoint}: its entry {name!r} is a {type(value).__name__}, expected name -> tensor alone"
+            )
     return weights
 
 
@@ -97,40 +156,44 @@ def convert_weights(older: dict[str, Tensor], config: MixLMConfig | MixLMSwitchC
     weights: dict[str, Tensor] = {}
     slices: dict[str, dict[int, dict[str, Tensor]]] = {}  # convolution -> slice -> its tensors
     experts: dict[str, dict[int, Tensor]] = {}  # stacked parameter -> expert -> its tensor
+    is_switch = isinstance(config, MixLMSwitchConfig)
     for key, tensor in older.items():
-        if match := CONVOLUTION.match(key):
+        if not is_switch and (match := CONVOLUTION.match(key)):
             layer, where, number, part = match.groups()
             name = (
                 f"encoder.stack.attentions.{layer}.key"
                 if where == "attn.key"
-                else f"encoder.stack.feed_forwards.{int(layer) // config.layer_group}.convolution"
+                else f"{_feed_forward(layer, config)}.convolution"
             )
             slices.setdefault(name, {}).setdefault(int(number), {})[part] = tensor
-        elif match := EXPERT.match(key):
+        elif is_switch and (match := EXPERT.match(key)):
             layer, number, dense, kind = match.groups()
             direction = "up" if dense == "fc1" else "down"
-            name = f"encoder.stack.feed_forwards.{int(layer) // config.layer_group}.experts.{direction}_{kind}"
+            name = f"{_feed_forward(layer, config)}.experts.{direction}_{kind}"
             experts.setdefault(name, {})[int(number)] = tensor
         elif match := FEED_FORWARD.match(key):
             layer, dense, kind = match.groups()
             module = "router" if dense == "switch" else "dense"
-            weights[f"encoder.stack.feed_forwards.{int(layer) // config.layer_group}.{module}.{kind}"] = tensor
+            weights[f"{_feed_forward(layer, config)}.{module}.{kind}"] = tensor
         elif key == "decoder.linear.weight" and head == "ict":
-            weights["pooler.weight"] = tensor[0]
+            weights["pooler.weight"] = tensor.flatten()
         elif key in ("decoder.weight", "decoder.bias") and head == "sop":
             weights[key.replace("decoder", "sop_head.dense")] = tensor
         else:
             renamed = [(pattern, new) for pattern, new in RENAMED if re.search(pattern, key)]
             if not renamed:
-                raise UserError(f"the checkpoint's key {key!r} does not belong to head {head!r} of this architecture")
+                raise UserError(f"its key {key!r} does not belong to head {head!r} of {config.model_type}")
             pattern, new = renamed[0]
             if new is not None:
                 weights[re.sub(pattern, new, key)] = tensor
 
     for name, by_slice in slices.items():
-        weights.update(_convolution_by_group(name, [by_slice[number] for number in sorted(by_slice)], config))
+        weights.update(_convolution_by_group(name, _in_order(name, by_slice, config), config))
     for name, by_expert in experts.items():
-        weights[name] = torch.stack([by_expert[number] for number in sorted(by_expert)])
+        of_experts = _in_order(name, by_expert, config)
+        if any(tensor.shape != of_experts[0].shape for tensor in of_experts):
+            raise UserError(f"{name}: its experts have different shapes")
+        weights[name] = torch.stack(of_experts)
     if head == "sop":
         for kind in ("weight", "bias"):
             if f"qa_outputs.{kind}" in weights:
@@ -138,22 +201,52 @@ def convert_weights(older: dict[str, Tensor], config: MixLMConfig | MixLMSwitchC
     return weights
 
 
+def _feed_forward(layer: str, config: MixLMConfig | MixLMSwitchConfig) -> str:
+    group, place = divmod(int(layer), config.layer_group)
+    if place:
+        raise UserError(
+            f"layer {layer} has a feed-forward, but with layer_group={config.layer_group} only the first layer of a "
+            "group has one; correct layer_group in the configuration"
+        )
+    return f"encoder.stack.feed_forwards.{group}"
+
+
+def _in_order(name: str, by_number: dict[int, Any], config: MixLMConfig | MixLMSwitchConfig) -> list[Any]:
+    if sorted(by_number) != list(range(config.n_experts)):
+        raise UserError(
+            f"{name}: the checkpoint has {len(by_number)} (numbers {sorted(by_number)}) of them, "
+            f"but n_experts={config.n_experts}"
+        )
+    return [by_number[number] for number in range(config.n_experts)]
+
+
 def _convolution_by_group(name: str, slices: list[dict[str, Tensor]], config: MixLMConfig) -> dict[str, Tensor]:
     """One padded and masked convolution per slice -> one convolution per kernel group, without the zero taps."""
     sizes = kernel_sizes(config.kernel_size, config.num_heads)
+    for tensors in slices:
+        absent = [part for part in ("w_mask", "conv.weight", "conv.bias") if part not in tensors]
+        if absent:
+            raise UserError(f"{name}: a slice lacks its {', '.join(absent)}")
+        outputs, widest = tensors["conv.bias"].numel(), config.kernel_size
+        weight, mask = list(tensors["conv.weight"].shape), list(tensors["w_mask"].shape)
+        if weight[::2] != [outputs, widest] or mask != [outputs, 1, widest]:
+            raise UserError(
+                f"{name}: {outputs} outputs have weights {weight} and a mask {mask}, expected "
+                f"[{outputs}, inputs, {widest}] and [{outputs}, 1, {widest}] with kernel_size={widest}"
+            )
     converted = {}
     for group, size in enumerate(sizes):
+        rim = (config.kernel_size - size) // 2
         weights, biases = [], []
         for tensors in slices:
             channels = len(tensors["conv.bias"]) // len(sizes)
             rows = slice(group * channels, (group + 1) * channels)
-            taps = tensors["w_mask"][rows].sum(dim=-1)
-            if not (taps == size).all():
+            mask = tensors["w_mask"][rows, 0] != 0
+            if not mask[:, rim : rim + size].all() or mask.sum() != mask[:, rim : rim + size].sum():
                 raise UserError(
-                    f"{name}: kernel group {group} has {int(taps.flatten()[0])} taps in the checkpoint, but "
+                    f"{name}: kernel group {group} has {int(mask[0].sum())} taps in the checkpoint, but "
                     f"kernel_size={config.kernel_size} with num_heads={config.num_heads} gives {size}"
                 )
-            rim = (config.kernel_size - size) // 2
             weights.append(tensors["conv.weight"][rows, :, rim : rim + size])
             biases.append(tensors["conv.bias"][rows])
         converted[f"{name}.convolutions.{group}.weight"] = torch.cat(weights)

@@ -45,6 +45,29 @@ LONGEST_WORD = 500
 # beyond it only if they would fill more than three quarters.
 RARE_CHARACTERS = 0.0001
 
+# Korean writes particles onto the noun: "학교에서" is "at the school". A noun and its particle that often occur side
+# by side would become one token, and no reader of token spans could then answer "학교": with 32,000 tokens, one in six
+# answers of KorQuAD was lost this way. So merges are learned from stems and particles apart. Many particles have two
+# forms, for nouns that end in a vowel or a consonant; heeding this leaves alone most words that only look alike.
+_ENDINGS_AND_PARTICLES = (
+    (
+        ("vowel", "ㄹ", "consonant", "foreign"),
+        "에 에는 에도 에의 에서 에서는 에서도 에서의 에게 에게는 에게서 한테 께서 "
+        "의 도 만 만을 까지 까지의 부터 처럼 보다 마다 밖에 조차",
+    ),
+    (
+        ("ㄹ", "consonant", "foreign"),
+        "은 을 이 과 과는 과의 이나 이라 이라고 이라는 이라도 이란 이며 이고 이다 이었다",
+    ),
+    (("vowel", "foreign"), "는 를 가 와 와는 와의 나 라 라고 라는 라도 란 며 였다"),
+    (("consonant", "foreign"), "으로 으로는 으로도 으로의 으로서 으로써 으로부터"),
+    (("vowel", "ㄹ", "foreign"), "로 로는 로도 로의 로서 로써 로부터"),
+)
+PARTICLES = {particle: endings for endings, particles in _ENDINGS_AND_PARTICLES for particle in particles.split()}
+LONGEST_PARTICLE = max(map(len, PARTICLES))
+
+PRIVATE_USE = 0xF0000
+
 # Words are counted in two steps, see `_count_words`: this many distinct eojeols are held at a time.
 EOJEOLS_HELD = 1_000_000
 
@@ -102,6 +125,8 @@ def train_tokenizer(
     sentences gets tokens, as a word's beginning and as its continuation, so that only characters which were never
     seen become [UNK] (for the exception in a very large alphabet see `RARE_CHARACTERS`).
 
+    Korean nouns and their particles are kept in different tokens, see `PARTICLES`.
+
     Args:
         sentences: the text, in pieces of any length.
         vocab_size: tokens to find, special tokens included. Text with too few distinct words yields fewer, see
@@ -139,24 +164,30 @@ def train_tokenizer(
         return len(split_into_words("a" + character)) > 1
 
     characters = _alphabet(word_counts, vocab_size - len(SPECIAL_TOKENS), stands_alone)
-    continuing = [CONTINUING_PREFIX + character for character in characters if not stands_alone(character)]
-
-    # The trainer breaks ties between equally frequent merges by token id, and gives ids to continuing characters in
-    # the order of a hash map that is seeded anew each time: left alone it finds another vocabulary at every call. It
-    # gives "special tokens" their ids first and in order: naming all characters as such leaves it nothing to decide.
-    trainer = trainers.WordPieceTrainer(
+    # While merges are learned, a character that continues a word is another one than the same character at a word's
+    # beginning: one of the private-use planes, which no text holds after normalization. (WordPieceTrainer would write
+    # "##" instead. But it numbers those in the order of a hash map that is seeded anew each time and breaks ties by
+    # number, so it finds another vocabulary at every call; and no word can be handed to it from its middle on.)
+    continuing = {character: chr(PRIVATE_USE + index) for index, character in enumerate(characters)}
+    alphabet = [*characters, *(continuing[each] for each in characters if not stands_alone(each))]
+    trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=min_frequency,
-        special_tokens=[*SPECIAL_TOKENS, *characters, *continuing],
-        initial_alphabet=characters,
-        limit_alphabet=len(characters),
-        continuing_subword_prefix=CONTINUING_PREFIX,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=alphabet,
+        limit_alphabet=len(alphabet),
         show_progress=show_progress,
     )
-    learner = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    learner = Tokenizer(models.BPE())
     learner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    learner.train_from_iterator(_repeat_words(word_counts, set(characters)), trainer)
-    return _wordpiece_tokenizer(learner.get_vocab(with_added_tokens=False), lowercase)
+    learner.train_from_iterator(_repeat_pieces(word_counts, continuing), trainer)
+
+    written = {private: character for character, private in continuing.items()}
+    vocabulary = {
+        (CONTINUING_PREFIX if token[0] in written else "") + "".join(written.get(each, each) for each in token): index
+        for token, index in learner.get_vocab().items()
+    }
+    return _wordpiece_tokenizer(vocabulary, lowercase)
 
 
 def _count_words(sentences: Iterable[str], split_into_words: Callable[[str], list[str]]) -> Counter[str]:
@@ -201,13 +232,40 @@ def _alphabet(word_counts: Counter[str], room: int, stands_alone: Callable[[str]
     return sorted(kept)
 
 
-def _repeat_words(word_counts: Counter[str], characters: set[str]) -> Iterator[str]:
-    """Lines in which every word occurs as often as it was counted: the trainer takes text, not counts."""
+def _repeat_pieces(word_counts: Counter[str], continuing: dict[str, str]) -> Iterator[str]:
+    """Lines in which every word, without its particle, and every particle occur as often as they were counted.
+
+    The trainer takes text, not counts. `continuing` maps the known characters to their form inside a word.
+    """
+    pieces: Counter[str] = Counter()
     for word, count in word_counts.items():
         # The trainer would skip an unknown character and learn from neighbours that are none.
-        if len(word) <= LONGEST_WORD and characters.issuperset(word):
-            for done in range(0, count, ENCODE_BATCH):
-                yield " ".join([word] * min(ENCODE_BATCH, count - done))
+        if len(word) <= LONGEST_WORD and continuing.keys() >= set(word):
+            stem, particle = _split_particle(word)
+            pieces[stem[0] + "".join(continuing[character] for character in stem[1:])] += count
+            if particle:
+                pieces["".join(continuing[character] for character in particle)] += count
+    for piece, count in pieces.items():
+        for done in range(0, count, ENCODE_BATCH):
+            yield " ".join([piece] * min(ENCODE_BATCH, count - done))
+
+
+def _split_particle(word: str) -> tuple[str, str]:
+    """Cut the longest particle off a word that has one and is at least two characters long without it."""
+    for length in range(min(LONGEST_PARTICLE, len(word) - 2), 0, -1):
+        stem, particle = word[:-length], word[-length:]
+        if particle in PARTICLES and _final_consonant(stem[-1]) in PARTICLES[particle]:
+            return stem, particle
+    return word, ""
+
+
+def _final_consonant(character: str) -> str | None:
+    """How a syllable ends as far as particles care: "vowel", "ㄹ", "consonant"; "foreign" for another script."""
+    if "가" <= character <= "힣":
+        # The code points of 28 syllables in a row differ in their final consonant alone: the first has none.
+        number = (ord(character) - ord("가")) % 28
+        return {0: "vowel", 8: "ㄹ"}.get(number, "consonant")
+    return "foreign" if character.isalnum() else None
 
 
 def tokenizer_from_vocab(vocab_file: str | PathLike, *, lowercase: bool = False) -> PreTrainedTokenizerFast:
@@ -333,8 +391,7 @@ def word_start_table(tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
     table = np.zeros(max(len(tokenizer), max(vocabulary.values()) + 1), dtype=bool)
     for token, index in vocabulary.items():
         table[index] = starts[token]
-    table[list(tokenizer.added_tokens_decoder)] = True
-    table[tokenizer.all_special_ids] = True
+    table[list(tokenizer.added_tokens_decoder)] = True  # the special tokens are among them
     return table
 
 

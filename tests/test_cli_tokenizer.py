@@ -51,7 +51,7 @@ class TestTrain:
     def test_folder_loads_and_the_size_is_told(self, corpus, out, capsys):
         train(corpus, out)
         tokenizer = AutoTokenizer.from_pretrained(out)
-        assert tokenizer.tokenize("나는 학교에") == ["나는", "학교에"]
+        assert tokenizer.tokenize("나는 학교에") == ["나는", "학교", "##에"]
         assert tokenizer.model_max_length == 512
         assert set(tokenizer("나는")) == {"input_ids", "token_type_ids", "attention_mask"}
         printed = capsys.readouterr().out

@@ -76,8 +76,32 @@ class TestTraining:
         assert sorted(trained.get_vocab().values()) == list(range(len(trained)))
 
     def test_frequent_words_become_tokens(self, trained):
-        assert cut(trained, "학교에서 한글을") == ["학교에서", "한글을"]
-        assert cut(trained, "서울에는") == ["서울에", "##는"]
+        assert cut(trained, "서울특별시 배웠다") == ["서울특별시", "배웠다"]
+
+    def test_nouns_and_their_particles_stay_apart(self, trained):
+        # Both always occur with a particle here, often enough to become one token with it.
+        assert cut(trained, "학교에서") == ["학교", "##에서"]
+        assert cut(trained, "한글을") == ["한글", "##을"]
+
+    @pytest.mark.parametrize(
+        ("word", "parts"),
+        [
+            ("학교에서", ("학교", "에서")),
+            ("서울로", ("서울", "로")),  # ㄹ goes with the vowels here
+            ("서울을", ("서울", "을")),  # and with the consonants here
+            ("부산으로", ("부산", "으로")),
+            ("부산로", ("부산로", "")),  # 로 never follows another consonant: a street's name
+            ("아이를", ("아이", "를")),
+            ("어린이", ("어린", "이")),  # wrong, but it only costs a token
+            ("나무가", ("나무", "가")),
+            ("사나이", ("사나이", "")),  # 이 never follows a vowel
+            ("나는", ("나는", "")),  # too short
+            ("IBM은", ("IBM", "은")),
+            ("school", ("school", "")),
+        ],
+    )
+    def test_split_particle(self, word, parts):
+        assert tokenization._split_particle(word) == parts
 
     def test_one_sentence_and_pair_are_framed(self, trained):
         pair = trained("나는", "학교는")
@@ -128,6 +152,11 @@ class TestTraining:
         tokenizer = train_tokenizer(["학교 서울 학교"] * 50_000 + sorted(rare), vocab_size, show_progress=False)
         assert len(rare & set(tokenizer.get_vocab())) == kept
         assert cut(tokenizer, "학교 서울") == ["학교", "서울"]
+
+    def test_left_out_characters_make_no_neighbours(self, monkeypatch):
+        monkeypatch.setattr(tokenization, "RARE_CHARACTERS", 0.2)
+        tokenizer = train_tokenizer(["가☃나 가☃나", "가 나 가 나 가 나 가 나"], 13, show_progress=False)
+        assert set(tokenizer.get_vocab()) == {*SPECIAL_TOKENS, "가", "나", "##가", "##나"}
 
     def test_long_words(self, trained):
         assert trained.unk_token not in cut(trained, "나는" * (LONGEST_WORD // 2))

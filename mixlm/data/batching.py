@@ -92,8 +92,8 @@ class LengthBucketedBatches:
         seed: of the order.
         rows_per_step: rows of a global batch. The rows that are left at the end of an epoch are dropped.
         tokens_per_step: instead of `rows_per_step`, the padded tokens of a global batch (rows x longest row). Where
-            that is too little, a batch has ranks x micro_batches rows all the same; a last batch of a window that has
-            fewer rows than that is dropped.
+            that is too little, a batch has ranks x micro_batches rows all the same. The last batch of a window can be
+            small; with fewer than ranks x micro_batches rows it is passed over.
         ranks: processes that share a global batch.
         rank: this one.
         micro_batches: parts in which a rank works through its share of a batch.
@@ -131,8 +131,9 @@ class LengthBucketedBatches:
         self.max_steps_per_epoch = max_steps_per_epoch
         self.shuffle = shuffle
 
+        self.parts = parts = ranks * micro_batches
+
         rows = len(lengths)
-        parts = ranks * micro_batches
         if rows_per_step is None:
             fewest_rows = parts
             expected_rows = max(parts, int(tokens_per_step / max(1.0, float(np.mean(lengths))))) if rows else parts
@@ -185,9 +186,12 @@ class LengthBucketedBatches:
                     f"window {position.window}, batch {position.batch} of epoch {epoch} is not in this data; "
                     "resume with the data and the batch size with which the run began"
                 )
-            for batch in batches[position.batch :]:
-                position = self._after(position, len(batches))
-                yield position, self._deal(epoch, batch)
+            numbers = [number for number in range(position.batch, len(batches)) if len(batches[number]) >= self.parts]
+            if not numbers:  # resumed on more ranks, for which the rest of the window is too small
+                position = self._next_window(epoch, position.window, position.step_in_epoch)
+            for number, following in zip(numbers, [*numbers[1:], None], strict=True):
+                position = self._after(position, following)
+                yield position, self._deal(epoch, batches[number])
                 if position.epoch != epoch:  # max_steps_per_epoch can end an epoch within a window
                     break
 
@@ -195,15 +199,17 @@ class LengthBucketedBatches:
     def _full_steps(self) -> int:
         return self.rows_per_epoch // self.rows_per_step
 
-    def _after(self, position: Position, batches_in_window: int) -> Position:
+    def _after(self, position: Position, following: int | None) -> Position:
+        """The position after a step; `following` is the number of the next batch of the window, if there is one."""
         step = position.step_in_epoch + 1
         if step == self.max_steps_per_epoch:
             return Position(position.epoch + 1)
-        if position.batch + 1 < batches_in_window:
-            return Position(position.epoch, position.window, position.batch + 1, step)
-        if position.window + 1 < self.windows:
-            return Position(position.epoch, position.window + 1, 0, step)
-        return Position(position.epoch + 1)
+        if following is not None:
+            return Position(position.epoch, position.window, following, step)
+        return self._next_window(position.epoch, position.window, step)
+
+    def _next_window(self, epoch: int, window: int, step: int) -> Position:
+        return Position(epoch, window + 1, 0, step) if window + 1 < self.windows else Position(epoch + 1)
 
     def _window_batches(self, epoch: int, window: int) -> list[np.ndarray]:
         """The global batches of a window, each an array of row indices from the longest row to the shortest."""
@@ -219,9 +225,8 @@ class LengthBucketedBatches:
             batches = list(rows.reshape(-1, self.rows_per_step))
         else:
             batches = []
-            parts = self.ranks * self.micro_batches
-            while len(rows) >= parts:
-                size = max(parts, self.tokens_per_step // max(1, int(lengths[0])))
+            while len(rows):
+                size = max(self.parts, self.tokens_per_step // max(1, int(lengths[0])))
                 batches.append(rows[:size])
                 rows, lengths = rows[size:], lengths[size:]
         if self.shuffle:

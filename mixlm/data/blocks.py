@@ -15,7 +15,7 @@ def load_blocks(path: Path, num_documents: int) -> np.ndarray | None:
     """The blocks in a file, mapped into memory; None where the file is absent, or damaged."""
     try:
         blocks = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
-    except (OSError, ValueError):
+    except (OSError, EOFError, ValueError):
         return None
     is_whole = blocks.ndim == 2 and len(blocks) > 0 and blocks[-1, 0] == num_documents - 1
     return blocks if is_whole else None

@@ -16,19 +16,20 @@ class ArrowColumn:
         # Without threads: a data loader forks, and a pool of threads does not live through that.
         self._reader = pa.ipc.open_file(pa.memory_map(str(path)), options=pa.ipc.IpcReadOptions(use_threads=False))
         self._batches: list[np.ndarray | None] = [None] * self._reader.num_record_batches
-        self._length = ROWS_PER_BATCH * (len(self._batches) - 1) + len(self._batch(len(self._batches) - 1))
+        self._rows_per_batch = len(self._batch(0))  # of all of them but the last
+        self._length = self._rows_per_batch * (len(self._batches) - 1) + len(self._batch(len(self._batches) - 1))
 
     def __len__(self) -> int:
         return self._length
 
     def read(self, first: int, last: int) -> np.ndarray:
         """Rows `first` to `last`, exclusive: a read-only view, or a copy where they lie in several record batches."""
-        batch, offset = divmod(first, ROWS_PER_BATCH)
-        if last <= (batch + 1) * ROWS_PER_BATCH:
+        batch, offset = divmod(first, self._rows_per_batch)
+        if last <= (batch + 1) * self._rows_per_batch:
             return self._batch(batch)[offset : offset + last - first]
         pieces = [self._batch(batch)[offset:]]
-        while (batch := batch + 1) * ROWS_PER_BATCH < last:
-            pieces.append(self._batch(batch)[: last - batch * ROWS_PER_BATCH])
+        while (batch := batch + 1) * self._rows_per_batch < last:
+            pieces.append(self._batch(batch)[: last - batch * self._rows_per_batch])
         return np.concatenate(pieces)
 
     def _batch(self, index: int) -> np.ndarray:

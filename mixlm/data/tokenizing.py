@@ -43,10 +43,10 @@ def tokenize_documents(
         ArrowColumnWriter(folder / "documents.arrow", np.dtype(np.int64)) as document_offsets,
         tqdm(desc="tokenizing the corpus", unit=" sentences", unit_scale=True) as progress,
     ):
-        for numbers, encodings in _encode_ahead(tokenizer, numbered_texts):
+        for chunk, encodings in _encode_ahead(tokenizer, numbered_texts):
             sentences: list[list[int]] = []
             first_sentences = []  # of the documents that begin in this chunk
-            for document, encoding in zip(numbers, encodings, strict=True):
+            for (document, text), encoding in zip(chunk, encodings, strict=True):
                 ids = encoding.ids
                 if not ids:  # nothing but characters that the tokenizer drops
                     continue
@@ -56,7 +56,7 @@ def tokenize_documents(
                 if len(ids) <= max_sentence_length:
                     sentences.append(ids)
                 else:
-                    sentences.extend(_cut(ids, encoding.word_ids, max_sentence_length))
+                    sentences.extend(_cut(tokenizer, text, max_sentence_length))
                     cut_sentences += 1
             lengths = np.fromiter(map(len, sentences), np.int64, len(sentences))
             ids = np.fromiter(chain.from_iterable(sentences), np.int64, int(lengths.sum()))
@@ -67,7 +67,7 @@ def tokenize_documents(
             num_documents += len(first_sentences)
             num_sentences += len(sentences)
             num_tokens += len(ids)
-            progress.update(len(numbers))
+            progress.update(len(chunk))
         sentence_offsets.append(np.array([num_tokens]))
         document_offsets.append(np.array([num_sentences]))
     with open(folder / "token_counts.npy", "wb") as file:
@@ -84,22 +84,24 @@ def tokenize_documents(
 
 def _encode_ahead(
     tokenizer: Tokenizer, numbered_texts: Iterator[tuple[int, str]]
-) -> Iterator[tuple[list[int], list[Encoding]]]:
-    """The numbers and encodings of one chunk after the other, while the next one is already being encoded."""
+) -> Iterator[tuple[list[tuple[int, str]], list[Encoding]]]:
+    """One chunk after the other with its encodings, while the next one is already being encoded."""
     with ThreadPoolExecutor(max_workers=1) as thread:
         ahead = None
         while chunk := list(islice(numbered_texts, SENTENCES_PER_CHUNK)):
-            numbers, texts = map(list, zip(*chunk, strict=True))
+            texts = [text for _, text in chunk]
             encodings = thread.submit(tokenizer.encode_batch_fast, texts, add_special_tokens=False)
             if ahead:
                 yield ahead[0], ahead[1].result()
-            ahead = numbers, encodings
+            ahead = chunk, encodings
         if ahead:
             yield ahead[0], ahead[1].result()
 
 
-def _cut(ids: list[int], word_ids: list[int], longest: int) -> list[list[int]]:
+def _cut(tokenizer: Tokenizer, text: str, longest: int) -> list[list[int]]:
     """Cut a sentence into pieces of at most `longest` tokens, between words unless a single word is longer."""
+    encoding = tokenizer.encode(text, add_special_tokens=False)  # the fast encoding of many does not tell the words
+    ids, word_ids = encoding.ids, encoding.word_ids
     pieces = []
     start = 0
     while len(ids) - start > longest:

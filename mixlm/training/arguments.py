@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import json
+import math
 import sys
 import typing
 from dataclasses import dataclass, field
@@ -79,10 +80,14 @@ class TrainingArguments:
             "keep_checkpoints",
         ):
             self.require(getattr(self, name) >= 1, name, "at least 1")
-        for name in ("num_workers", "weight_decay", "max_grad_norm", "warmup_steps", "save_steps", "eval_steps"):
+        for name in ("tokens_per_step", "max_steps_per_epoch"):
+            self.require(getattr(self, name) is None or getattr(self, name) >= 1, name, "at least 1")
+        for name in ("num_workers", "max_grad_norm", "warmup_steps", "save_steps", "eval_steps"):
             self.require(getattr(self, name) >= 0, name, "at least 0")
+        self.require(0 <= self.weight_decay < math.inf, "weight_decay", "at least 0 and finite")
         for name in ("learning_rate", "adam_epsilon"):
-            self.require(getattr(self, name) > 0, name, "above 0")
+            self.require(0 < getattr(self, name) < math.inf, name, "above 0 and finite")
+        self.require(0 <= self.seed < 2**32, "seed", "from 0 to 4294967295")
         self.require(
             self.scheduler_num_steps >= self.num_steps, "scheduler_num_steps", f"at least num_steps={self.num_steps}"
         )
@@ -179,7 +184,11 @@ def parse_arguments(arguments_class: type[Arguments], argv: list[str] | None = N
     if len(argv) == 1 and argv[0].endswith(".json"):
         return _from_json(arguments_class, Path(argv[0]))
     parser = _Parser(arguments_class, allow_abbrev=False)
-    arguments, unknown = parser.parse_known_args(argv)
+    # Looked at before parsing: argparse would first complain that the misspelled argument is missing.
+    flags = [argument.partition("=")[0] for argument in argv if argument.startswith("--")]
+    unknown = [flag for flag in flags if flag not in parser._option_string_actions]
+    if not unknown:
+        arguments, unknown = parser.parse_known_args(argv)
     if unknown:
         raise UserError(f"unknown argument {unknown[0]}{_nearest(unknown[0].lstrip('-'), arguments_class, '--')}")
     given = {name: value for name, value in vars(arguments).items() if name in _fields(arguments_class)}
@@ -191,6 +200,8 @@ def _from_json(arguments_class: type[Arguments], path: Path) -> Arguments:
         values = json.loads(path.read_text("utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not a JSON file: {one_line(error)}") from error
     if not isinstance(values, dict):
@@ -205,7 +216,8 @@ def _from_json(arguments_class: type[Arguments], path: Path) -> Arguments:
     missing = [name for name in required if name not in values]
     if missing:
         raise UserError(f"{path}: field {missing[0]!r} is missing")
-    return arguments_class(**values)
+    # As on the command line, where 1 for a number is 1.0.
+    return arguments_class(**{name: float(v) if types[name] is float else v for name, v in values.items()})
 
 
 def _fields(arguments_class: type) -> list[str]:
@@ -213,7 +225,7 @@ def _fields(arguments_class: type) -> list[str]:
 
 
 def _nearest(name: str, arguments_class: type, dashes: str) -> str:
-    close = difflib.get_close_matches(name.split("=")[0], _fields(arguments_class), n=1)
+    close = difflib.get_close_matches(name, _fields(arguments_class), n=1)
     return f"; did you mean {dashes}{close[0]}?" if close else "; --help lists them"
 
 

@@ -19,7 +19,10 @@ PANELS = (
 )
 
 
-def read_curves(run_folder: Path) -> dict[str, list[tuple[int, float]]]:
+Curves = dict[str, list[tuple[int, float]]]  # tag -> (step, value), ascending
+
+
+def read_curves(run_folder: Path) -> Curves:
     """The scalars of a run by tag: (step, value), ascending. A step written again after a resume counts once.
 
     Raises:
@@ -38,35 +41,45 @@ def read_curves(run_folder: Path) -> dict[str, list[tuple[int, float]]]:
     return {tag: sorted(values.items()) for tag, values in curves.items()}
 
 
-def plot_curves(runs: dict[str, Path], out: Path) -> None:
-    """Draw the curves of one or several runs into one PNG, a colour a run.
+def last_values(curves: Curves) -> list[tuple[str, int, float]]:
+    """The newest point of each curve: (tag, step, value)."""
+    return [(tag, *curves[tag][-1]) for tag in sorted(curves)]
+
+
+def plot_curves(runs: dict[str, Curves], out: Path) -> None:
+    """Draw the curves of one or several runs into one PNG; of several, each has its colour.
 
     Args:
-        runs: label -> run folder.
+        runs: name -> curves.
         out: the picture to write.
-    """
-    import matplotlib
 
-    matplotlib.use("Agg")
+    Raises:
+        UserError: matplotlib is not installed, or the picture cannot be written.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise UserError("drawing needs matplotlib; install it with: pip install 'mixlm[plot]'") from error
+
+    matplotlib.use("Agg")  # no screen
     from matplotlib import pyplot
 
-    curves = {label: read_curves(Path(folder)) for label, folder in runs.items()}
-    expert_tags = sorted({tag for run in curves.values() for tag in run if tag.startswith("train/expert_")})
+    expert_tags = sorted({tag for run in runs.values() for tag in run if tag.startswith("train/expert_")})
     panels = [*PANELS, ("share of tokens per expert, and dropped", (*expert_tags, "train/dropped_share"))]
     panels = [
         (title, tags)
         for title, tags in panels
-        if any(value for run in curves.values() for tag in tags for _, value in run.get(tag, []))
+        if any(value for run in runs.values() for tag in tags for _, value in run.get(tag, []))
     ]
     columns = 3
     rows = -(-len(panels) // columns)
     figure, axes = pyplot.subplots(rows, columns, figsize=(5 * columns, 3.4 * rows), squeeze=False)
     colours = pyplot.rcParams["axes.prop_cycle"].by_key()["color"]
     for axis, (title, tags) in zip(axes.flat, panels, strict=False):
-        for run_number, (label, run) in enumerate(curves.items()):
+        for run_number, (label, run) in enumerate(runs.items()):
             for tag_number, tag in enumerate(tag for tag in tags if tag in run):
                 steps, values = zip(*run[tag], strict=True)
-                one_run = len(curves) == 1
+                one_run = len(runs) == 1
                 axis.plot(
                     steps,
                     values,
@@ -85,6 +98,10 @@ def plot_curves(runs: dict[str, Path], out: Path) -> None:
         axis.axis("off")
     figure.suptitle(", ".join(runs), fontsize=12)
     figure.tight_layout()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=110)
-    pyplot.close(figure)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(out, dpi=110)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--out {out}: cannot be written: {error}") from error
+    finally:
+        pyplot.close(figure)

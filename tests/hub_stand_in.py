@@ -1,0 +1,172 @@
+"""A stand-in for the Hugging Face Hub on a free local port: enough of its HTTP interface to push and to load.
+
+    with HubStandIn() as hub:
+        run(..., env={**os.environ, **hub.environment})
+        hub.repositories["someone/model"]["config.json"]
+
+A repository has one branch, whatever revision is asked for, and every file is a regular one (no LFS, no Xet).
+"""
+
+import base64
+import hashlib
+import json
+import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote, urlsplit
+
+
+class HubStandIn:
+    """The server while the `with` block runs. `repositories` maps a repository's name to its files."""
+
+    def __init__(self):
+        self.repositories: dict[str, dict[str, bytes]] = {}
+        self.commits: dict[str, list[str]] = {}  # repository -> the paths of its commits, in their order
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What a process that is to use this Hub has in its environment; read when huggingface_hub is imported."""
+        return {
+            "HF_ENDPOINT": self.url,
+            "HF_TOKEN": "hf_stand_in",
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "NO_PROXY": "127.0.0.1",
+        }
+
+    def __enter__(self) -> "HubStandIn":
+        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    def revision(self, name: str) -> str:
+        """The commit hash of what the repository holds now."""
+        digest = hashlib.sha1(name.encode())
+        for path, content in sorted(self.repositories[name].items()):
+            digest.update(f"{path} {blob_hash(content)}\n".encode())
+        return digest.hexdigest()
+
+    def commit(self, name: str, lines: bytes) -> None:
+        """Apply a commit's lines of JSON, one operation each."""
+        files, paths = self.repositories[name], []
+        for operation in map(json.loads, lines.splitlines()):
+            kind, value = operation["key"], operation["value"]
+            if kind == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif kind == "deletedFile":
+                del files[value["path"]]
+            elif kind == "deletedFolder":
+                for path in [path for path in files if path.startswith(value["path"].rstrip("/") + "/")]:
+                    del files[path]
+            elif kind != "header":
+                raise ValueError(f"the stand-in does not know the commit operation {kind!r}")
+            if kind != "header":
+                paths.append(value["path"])
+        self.commits.setdefault(name, []).append(paths)
+
+
+def blob_hash(content: bytes) -> str:
+    """The name git gives a file's content."""
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    hub: HubStandIn
+    protocol_version = "HTTP/1.1"
+
+    # (method, path) -> the method below that answers; the groups of the path are its arguments.
+    routes = (
+        ("POST", r"/api/repos/create", "create"),
+        ("POST", r"/api/validate-yaml", "validate_card"),
+        ("POST", r"/api/models/([^/]+/[^/]+)/preupload/.+", "before_upload"),
+        ("POST", r"/api/models/([^/]+/[^/]+)/commit/.+", "commit"),
+        ("GET", r"/api/models/([^/]+/[^/]+)/tree/[^/]+(?:/(.+))?", "tree"),
+        ("GET", r"/api/models/([^/]+/[^/]+)(?:/revision/.+)?", "info"),
+        ("GET", r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)", "file"),
+    )
+
+    def respond(self) -> None:
+        self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        path = unquote(urlsplit(self.path).path)
+        method = "GET" if self.command == "HEAD" else self.command
+        for route_method, pattern, name in self.routes:
+            match = re.fullmatch(pattern, path)
+            if method == route_method and match:
+                if match.groups() and match[1] not in self.hub.repositories:
+                    return self.refuse("RepoNotFound", f"no repository {match[1]}")
+                return getattr(self, name)(*match.groups())
+        self.refuse("EntryNotFound", f"the stand-in has no {method} {path}")
+
+    do_GET = do_HEAD = do_POST = respond
+
+    def create(self) -> None:
+        wanted = json.loads(self.body)
+        name = f"{wanted.get('organization') or 'someone'}/{wanted['name']}"
+        exists = name in self.hub.repositories
+        self.hub.repositories.setdefault(name, {})
+        self.answer({"url": f"{self.hub.url}/{name}", "name": name}, 409 if exists else 200)
+
+    def validate_card(self) -> None:
+        self.answer({"errors": [], "warnings": []})
+
+    def before_upload(self, name: str) -> None:
+        files = self.hub.repositories[name]
+        answers = []
+        for file in json.loads(self.body)["files"]:
+            answer = {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+            if file["path"] in files:
+                answer["oid"] = blob_hash(files[file["path"]])  # lets the client leave out what has not changed
+            answers.append(answer)
+        self.answer({"files": answers})
+
+    def commit(self, name: str) -> None:
+        self.hub.commit(name, self.body)
+        revision = self.hub.revision(name)
+        self.answer({"commitUrl": f"{self.hub.url}/{name}/commit/{revision}", "commitOid": revision})
+
+    def info(self, name: str) -> None:
+        files = [{"rfilename": path} for path in self.hub.repositories[name]]
+        self.answer({"id": name, "modelId": name, "sha": self.hub.revision(name), "siblings": files, "tags": []})
+
+    def tree(self, name: str, folder: str | None) -> None:
+        entries = [
+            {"type": "file", "path": path, "size": len(content), "oid": blob_hash(content)}
+            for path, content in self.hub.repositories[name].items()
+            if folder is None or path.startswith(f"{folder}/")
+        ]
+        if folder and not entries:
+            return self.refuse("EntryNotFound", f"no folder {folder} in {name}")
+        self.answer(entries)
+
+    def file(self, name: str, path: str) -> None:
+        content = self.hub.repositories[name].get(path)
+        if content is None:
+            return self.refuse("EntryNotFound", f"no file {path} in {name}")
+        headers = {"ETag": f'"{blob_hash(content)}"', "X-Repo-Commit": self.hub.revision(name)}
+        self.send(200, content, {"Content-Type": "application/octet-stream", **headers})
+
+    def answer(self, value: object, status: int = 200) -> None:
+        self.send(status, json.dumps(value).encode(), {"Content-Type": "application/json"})
+
+    def refuse(self, code: str, message: str) -> None:
+        headers = {"Content-Type": "application/json", "X-Error-Code": code, "X-Error-Message": message}
+        self.send(404, json.dumps({"error": message}).encode(), headers)
+
+    def send(self, status: int, content: bytes, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for header, value in {**headers, "Content-Length": str(len(content))}.items():
+            self.send_header(header, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    def log_message(self, *arguments) -> None:
+        """Say nothing; a failing client prints what it was answered."""

@@ -1,0 +1,79 @@
+"""A head and its tokenizer go to the Hub, and come back by name in a process that has neither package nor files."""
+
+import json
+
+import pytest
+import torch
+from hub_stand_in import HubStandIn
+from remote_models import (
+    HEADS,
+    TEXTS,
+    run_with_package,
+    run_without_package,
+    tiny_inputs,
+    tiny_model,
+    tiny_tokenizer,
+)
+from safetensors.torch import load_file
+
+PUSH = """
+from transformers import AutoModelForMaskedLM, AutoTokenizer
+import mixlm  # the Auto classes know the models from here on
+
+name = "someone/tiny"
+model = AutoModelForMaskedLM.from_pretrained("local")
+for _ in range(2):  # the second time nothing has changed
+    model.push_to_hub(name)
+    AutoTokenizer.from_pretrained("local").push_to_hub(name)
+"""
+
+LOAD = """
+import json
+from pathlib import Path
+from safetensors.torch import save_file
+from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer, pipeline
+import torch
+
+name = "someone/tiny"
+texts = json.loads(Path("texts.json").read_text("utf-8"))
+inputs = dict(AutoTokenizer.from_pretrained(name)(texts, padding=True, return_tensors="pt"))
+model = AutoModelForMaskedLM.from_pretrained(name, trust_remote_code=True).eval()
+encoder = AutoModel.from_pretrained(name, trust_remote_code=True).eval()
+with torch.no_grad():
+    outputs = {"logits": model(**inputs).logits, "hidden": encoder(**inputs).last_hidden_state}
+save_file({**inputs, **outputs}, "outputs.safetensors")
+assert len(pipeline("fill-mask", model=name, trust_remote_code=True)("서울 은 [MASK] .")) == 5
+model.save_pretrained("resaved")
+"""
+
+
+@pytest.mark.parametrize("family", HEADS)
+def test_push_and_load_by_name(family, tmp_path):
+    here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
+    here.mkdir()
+    elsewhere.mkdir()
+    model, inputs = tiny_model(HEADS[family]["AutoModelForMaskedLM"]), tiny_inputs()
+    model.save_pretrained(here / "local")
+    tiny_tokenizer().save_pretrained(here / "local")
+    (elsewhere / "texts.json").write_text(json.dumps(TEXTS), "utf-8")
+    with HubStandIn() as hub:
+        run_with_package(PUSH, here, **hub.environment)
+        files = hub.repositories["someone/tiny"]
+        run_without_package(LOAD, elsewhere, **hub.environment)
+
+    expected = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "heads.py"}
+    assert expected <= set(files)
+    code = {path for path in files if path.endswith(".py")}
+    assert code == {file.name for file in (here / "local").glob("*.py")}
+    assert len(hub.commits["someone/tiny"]) == 2  # model, tokenizer; a push that changes nothing makes no commit
+    outputs = load_file(elsewhere / "outputs.safetensors")
+    for name, value in inputs.items():
+        assert torch.equal(outputs[name], value)
+    with torch.no_grad():
+        logits, hidden = model(**inputs).logits, model.encoder(**inputs).last_hidden_state
+    torch.testing.assert_close(outputs["logits"], logits, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(outputs["hidden"], hidden, rtol=1e-5, atol=1e-6)
+    # A folder saved from what came by name brings its own code: no entry points back to the name.
+    auto_map = json.loads((elsewhere / "resaved" / "config.json").read_text("utf-8"))["auto_map"]
+    assert auto_map == model.auto_classes
+    assert code == {file.name for file in (elsewhere / "resaved").glob("*.py")}
