@@ -3,7 +3,8 @@
 
     python run_pretraining.py --model_name my-model --corpus_path CORPUS --tokenizer TOKENIZER --num_steps 2000
 
-or `accelerate launch --num_processes 2 run_pretraining.py ...`, or `python run_pretraining.py arguments.json`.
+or `python run_pretraining.py arguments.json`; on several processes `accelerate launch --num_processes 2 ...` with
+GPUs, `torchrun --nproc_per_node 2 run_pretraining.py ...` with or without.
 """
 
 from functools import partial
@@ -43,7 +44,8 @@ def build_model(arguments: PretrainingArguments, tokenizer):
     try:
         config = config_class.from_preset(source, **overrides)
     except Exception as error:  # a wrong value is one of several kinds of error of transformers' configurations
-        raise UserError(f"{source}: {error}") from error
+        message = str(error)
+        raise UserError(message if message.startswith(f"{source}: ") else f"{source}: {message}") from error
     if config.vocab_size != len(tokenizer):
         raise UserError(
             f"{source}: vocab_size={config.vocab_size}, but the tokenizer {arguments.tokenizer} has {len(tokenizer)} "
@@ -84,12 +86,19 @@ def build_examples(arguments: PretrainingArguments, tokenizer, corpus: Tokenized
         **({"remove_query_probability": arguments.remove_query_probability} if ict else {}),
     )
     held_out_blocks = np.asarray(blocks[is_held_out])
+    if ict:  # chosen among those that ICT can use
+        held_out_blocks = held_out_blocks[held_out_blocks[:, 2] - held_out_blocks[:, 1] > 1]
     if len(held_out_blocks) > arguments.max_eval_examples:  # evenly over the held-out documents
         chosen = np.linspace(0, len(held_out_blocks) - 1, arguments.max_eval_examples).round().astype(int)
         held_out_blocks = held_out_blocks[chosen]
     held_out = build(
         held_out_blocks, EVALUATION_MASKING_PROBABILITY, 0, **({"remove_query_probability": 1.0} if ict else {})
     )
+    if not len(held_out):
+        raise UserError(
+            f"--eval_split={arguments.eval_split}: no held-out document has a block of two sentences, as ICT needs; "
+            "hold out more, or use a longer --max_seq_length"
+        )
     return training, held_out
 
 

@@ -168,11 +168,12 @@ def build_pooler(config) -> nn.Module:
 
 
 @torch.no_grad()
-def initialize(module: nn.Module, config) -> None:
+def initialize(module: nn.Module) -> None:
     """Initial values of the parameters that the heads hold outside torch's own layers."""
     if isinstance(module, PositionPooler):
-        # Starts as a mean over a full-length text, so that embeddings have a usable size from the first step.
-        init.constant_(module.weight, 1 / config.max_position_embeddings)
+        # A mean over 32 tokens. Much smaller, and inner products are too alike for ICT to leave chance; much larger,
+        # and the longest context wins every query.
+        init.constant_(module.weight, 1 / 32)
 
 
 def masked_lm_loss(logits: Tensor, targets: Tensor) -> Tensor:

@@ -343,7 +343,7 @@ class MixLMPreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        initialize(module, self.config)
+        initialize(module)
 
     def save_pretrained(self, save_directory, **kwargs):
         """As in transformers; the configuration also names the class of every head (`auto_map`)."""

@@ -88,16 +88,13 @@ def inputs_of(model, batch):
 
 def oracle_loss(model, batch, training):
     """The loss of any head, from the plain form."""
-    oracle, objective = Oracle(model), model.config.pretraining_objective
-    batch = dict(batch)
-    names = ("input_ids", "attention_mask", "token_type_ids")
-    encoded = oracle.encode(*(batch.get(name) for name in names), training=training)
-    hidden, mask, kind = encoded.last_hidden_state, batch.get("attention_mask"), type(model).__name__
+    oracle, mask = Oracle(model), batch["attention_mask"]
+    encoded = oracle.encode(batch["input_ids"], mask, batch["token_type_ids"], training)
+    hidden = encoded.last_hidden_state
     aux_losses, losses = [encoded.aux_loss], []
-    if "QuestionAnswering" in kind:
+    if "start_positions" in batch:
         logits = oracle.linear(hidden, "qa_outputs")
-        if mask is not None:
-            logits = torch.where(mask.bool()[..., None], logits, torch.full_like(logits, -1e30))
+        logits = torch.where(mask.bool()[..., None], logits, torch.full_like(logits, -1e30))
         start = mean_cross_entropy(logits[..., 0], batch["start_positions"])
         end = mean_cross_entropy(logits[..., 1], batch["end_positions"])
         losses.append((start + end) / 2)
@@ -108,16 +105,12 @@ def oracle_loss(model, batch, training):
     if "sentence_order_label" in batch:
         losses.append(mean_cross_entropy(oracle.sop_logits(hidden), batch["sentence_order_label"]))
     if "context_input_ids" in batch:
-        context_mask = batch.get("context_attention_mask")
+        context_mask = batch["context_attention_mask"]
         context = oracle.encode(batch["context_input_ids"], context_mask, training=training)
         aux_losses.append(context.aux_loss)
-        queries, contexts = (
-            oracle.pooled(hidden, mask),
-            oracle.pooled(context.last_hidden_state, context_mask),
-        )
-        losses.append(in_batch_cross_entropy(queries, contexts))
+        contexts = oracle.pooled(context.last_hidden_state, context_mask)
+        losses.append(in_batch_cross_entropy(oracle.pooled(hidden, mask), contexts))
         if "context_labels" in batch:
-            assert objective == "ict"
             mlm_logits.append(oracle.mlm_logits(context.last_hidden_state).flatten(0, 1))
             mlm_labels.append(batch["context_labels"].flatten())
     if mlm_logits:

@@ -154,8 +154,11 @@ def open_corpus(
         text_column: of the dataset.
 
     Raises:
-        UserError: the corpus cannot be read, has fewer than two documents, or the cache cannot be written.
+        UserError: the corpus cannot be read or has fewer than two documents, the cache cannot be written, or
+            `max_sentence_length` is below 1.
     """
+    if max_sentence_length < 1:
+        raise UserError(f"max_sentence_length {max_sentence_length}: must be at least 1; use a larger max_seq_length")
     cache = Path(cache_dir or os.environ.get("MIXLM_CACHE") or "~/.cache/mixlm").expanduser()
     if dataset_name is not None:
         dataset = load_text_dataset(dataset_name, text_column)

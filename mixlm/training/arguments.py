@@ -27,7 +27,8 @@ class TrainingArguments:
     checkpoint: str | None = field(
         default=None,
         metadata={
-            "help": "Go on from this checkpoint folder, or from the run's newest with 'latest'. None = start anew."
+            "help": "Go on from this checkpoint folder, or from the run's newest with 'latest'; later ones of the run "
+            "are deleted with the next save. None = start anew."
         },
     )
     overwrite_output_dir: bool = field(

@@ -98,13 +98,24 @@ def load_checkpoint(
         if not (folder / name).is_file() or _hash(folder / name) != expected:
             raise UserError(f"{folder / name}: damaged or missing; use an older checkpoint")
     weights = load_file(folder / MODEL_FOLDER / "model.safetensors")
-    missing, unexpected = model.load_state_dict(weights, strict=False)
-    missing = [name for name in missing if name not in (model._tied_weights_keys or {})]
-    if missing or unexpected:
-        raise UserError(f"{folder}: holds another model: missing {missing[:3]}, not expected {unexpected[:3]}")
+    _check_fit(folder, weights, model)
+    model.load_state_dict(weights, strict=False)  # without the tied ones
     load_optimizer_tensors(model, optimizer, load_file(folder / OPTIMIZER_FILE))
     state = TrainingState(contents["step"], Position.from_dict(contents["position"]), contents["scaler"])
     return state, contents["arguments"]
+
+
+def _check_fit(folder: Path, weights: dict[str, Tensor], model: nn.Module) -> None:
+    """Raise UserError unless `weights` are those of a model like `model`."""
+    own = {name: tensor for name, tensor in model.state_dict().items() if name not in (model._tied_weights_keys or {})}
+    missing, unexpected = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+    if missing or unexpected:
+        raise UserError(f"{folder}: holds another model: missing {missing[:3]}, not expected {unexpected[:3]}")
+    for name, tensor in own.items():
+        if weights[name].shape != tensor.shape:
+            raise UserError(
+                f"{folder}: holds another model: {name} is {tuple(weights[name].shape)}, not {tuple(tensor.shape)}"
+            )
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -114,13 +125,19 @@ def read_state(folder: Path) -> dict[str, Any]:
         UserError: there is none, or it is not readable.
     """
     try:
-        return json.loads((folder / STATE_FILE).read_text("utf-8"))
+        contents = json.loads((folder / STATE_FILE).read_text("utf-8"))
+        Position.from_dict(contents["position"])
+        if not (isinstance(contents["files"], dict) and isinstance(contents["step"], int)):
+            raise ValueError("files or step are of another type")
+        return contents
     except FileNotFoundError as error:
         raise UserError(
             f"{folder}: not a checkpoint (no {STATE_FILE}); they lie in RUN/checkpoints/step-..."
         ) from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"{folder / STATE_FILE}: damaged: {error}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{folder / STATE_FILE}: damaged ({type(error).__name__}: {error}); use an older one"
+        ) from error
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
@@ -129,9 +146,14 @@ def checkpoints_in(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints."""
-    for path in checkpoints_in(folder)[:-keep]:
+def prune(folder: Path, keep: int, written: Path) -> None:
+    """Delete all but the newest `keep` checkpoints up to the one just written, and those after it.
+
+    The latter are of a run that went back to an earlier checkpoint: they do not lie before its next steps.
+    """
+    found = checkpoints_in(folder)
+    number = found.index(written) + 1
+    for path in [*found[:number][:-keep], *found[number:]]:
         shutil.rmtree(path)
 
 

@@ -5,7 +5,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 import torch
@@ -29,7 +29,8 @@ def prepare_run(arguments: TrainingArguments) -> Accelerator:
     """Make the run's folder, seed the process, and start accelerate with TensorBoard in the folder.
 
     Raises:
-        UserError: the folder cannot be written or belongs to an earlier run; fp16 without a CUDA device.
+        UserError: the folder cannot be written or belongs to an earlier run; fp16 without a CUDA device; the processes
+            of the launcher do not find each other.
     """
     precision = "fp16" if arguments.fp16 else "bf16" if arguments.bf16 else "no"
     if arguments.fp16 and not torch.cuda.is_available():
@@ -37,10 +38,18 @@ def prepare_run(arguments: TrainingArguments) -> Accelerator:
         raise UserError("--fp16: there is no CUDA device here; leave it out for fp32, or use --bf16")
     folder = arguments.run_folder
     accelerator = Accelerator(
+        # Without this, ranks on CPUs would not find each other, and each would train alone.
+        cpu=not torch.accelerator.is_available(),
         mixed_precision=precision,
         log_with="tensorboard",
         project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder)),
     )
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if accelerator.num_processes != launched:
+        raise UserError(
+            f"{launched} processes were launched and {accelerator.num_processes} found each other; "
+            "on CPUs set ACCELERATE_USE_CPU=true"
+        )
     if accelerator.is_main_process:
         _claim(folder, arguments)
     accelerator.wait_for_everyone()
@@ -55,8 +64,6 @@ def _claim(folder: Path, arguments: TrainingArguments) -> None:
                 f"{folder}: an earlier run is there; go on with --checkpoint latest, choose another --model_name, "
                 "or give --overwrite_output_dir"
             )
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        shutil.rmtree(folder / "tensorboard", ignore_errors=True)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"
@@ -119,6 +126,9 @@ def train(
         accelerator.print(f"going on from {checkpoint} (step {state.step:,})")
         if state.step >= arguments.num_steps:
             raise UserError(f"{checkpoint}: is at step {state.step}; give --num_steps above that to go on")
+    elif accelerator.is_main_process:  # only now, when nothing can be wrong with the new run
+        for name in ("checkpoints", "tensorboard"):
+            shutil.rmtree(arguments.run_folder / name, ignore_errors=True)
     bare_model = model
     model, optimizer = accelerator.prepare(model, optimizer)
     if accelerator.scaler is not None and state.scaler is not None:
@@ -140,36 +150,37 @@ def train(
             state.scaler = None if accelerator.scaler is None else accelerator.scaler.state_dict()
             target = checkpoints / f"step-{state.step:08d}"
             save_checkpoint(target, bare_model, optimizer.optimizer, state, arguments.to_dict())
-            prune(checkpoints, arguments.keep_checkpoints)
+            prune(checkpoints, arguments.keep_checkpoints, target)
         accelerator.wait_for_everyone()
 
-    progress = Progress(accelerator, arguments.num_steps, state.step)
     metrics: dict[str, float] = {}
     model.train()
-    for position, micro_batches in batches(state.position):
-        learning_rate = arguments.learning_rate * learning_rate_factor(
-            state.step, arguments.warmup_steps, arguments.scheduler_num_steps
-        )
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate
-        _seed_dropout(arguments.seed, state.step, accelerator.process_index)
-        gradient_norm = _optimizer_step(
-            model, optimizer, objective, micro_batches, arguments, accelerator, progress, state
-        )
-        state.step, state.position = state.step + 1, position
-        progress.step()
+    # Closed even after an error, so that its message gets a line of its own.
+    with closing(Progress(accelerator, arguments.num_steps, state.step)) as progress:
+        for position, micro_batches in batches(state.position):
+            learning_rate = arguments.learning_rate * learning_rate_factor(
+                state.step, arguments.warmup_steps, arguments.scheduler_num_steps
+            )
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate
+            _seed_dropout(arguments.seed, state.step, accelerator.process_index)
+            gradient_norm = _optimizer_step(
+                model, optimizer, objective, micro_batches, arguments, accelerator, progress, state
+            )
+            state.step, state.position = state.step + 1, position
+            progress.step()
 
-        is_last = state.step == arguments.num_steps
-        if state.step % arguments.logging_steps == 0 or is_last:
-            progress.log(state.step, learning_rate, gradient_norm)
-        if is_last or (arguments.save_steps and state.step % arguments.save_steps == 0):
-            save()
-        if is_last or (arguments.eval_steps and state.step % arguments.eval_steps == 0):
-            metrics = evaluate_and_log()
-            progress.pause()
-        if is_last:
-            break
-    progress.close()
+            is_last = state.step == arguments.num_steps
+            if state.step % arguments.logging_steps == 0 or is_last:
+                progress.log(state.step, learning_rate, gradient_norm)
+            if is_last or (arguments.save_steps and state.step % arguments.save_steps == 0):
+                save()
+                progress.pause()
+            if is_last or (arguments.eval_steps and state.step % arguments.eval_steps == 0):
+                metrics = evaluate_and_log()
+                progress.pause()
+            if is_last:
+                break
     return metrics
 
 

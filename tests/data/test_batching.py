@@ -66,6 +66,7 @@ def test_a_permutation_is_spread_evenly():
 def test_each_row_comes_once_an_epoch(options):
     batches = LengthBucketedBatches(LENGTHS, seed=1, window_steps=8, **options)
     orders = []
+    order_of_lengths = set()
     position = None
     for epoch in range(2):
         steps = epoch_of_steps(batches, position)
@@ -76,7 +77,10 @@ def test_each_row_comes_once_an_epoch(options):
         assert len(set(rows)) == len(rows)
         assert len(rows) == (1000 // 24 * 24 if "rows_per_step" in options else 1000)
         orders.append(rows)
+        longest = [LENGTHS[rows_of(micro_batches)].max() for _, micro_batches in steps[:8]]
+        order_of_lengths.add(tuple(np.argsort(longest, kind="stable").tolist()))
     assert orders[0] != orders[1]
+    assert len(order_of_lengths) == 2
 
 
 def test_rows_mode_has_a_known_number_of_full_steps():

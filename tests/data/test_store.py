@@ -148,11 +148,18 @@ def test_a_corpus_of_one_document_is_refused(tmp_path, tokenizer, cache):
     assert not list(cache.glob("corpus-*.partial")) and not [path for path in cache.iterdir() if path.is_dir()]
 
 
+def test_sentences_must_be_allowed_a_token(corpus_file, tokenizer, cache):
+    with pytest.raises(UserError, match="at least 1"):
+        open_small(corpus_file, tokenizer, cache, max_sentence_length=0)
+
+
 def test_a_store_is_built_once_and_again_after_a_change(corpus_file, tokenizer, cache, builds):
     first = open_small(corpus_file, tokenizer, cache)
     assert open_small(corpus_file, tokenizer, cache).folder == first.folder
     assert len(builds) == 1
-    corpus_file.write_text(TEXT.replace("aa", "bb"))  # same size, and perhaps the same time
+    moment = corpus_file.stat().st_mtime_ns
+    corpus_file.write_text(TEXT.replace("aa", "bb"))  # the same size, within the resolution of the clock
+    os.utime(corpus_file, ns=(moment, moment))
     second = open_small(corpus_file, tokenizer, cache)
     assert second.folder != first.folder
     assert text_of(second, tokenizer)[0][0][:2] == ["b", "##b"]
@@ -213,7 +220,11 @@ def overwrite(file):
     file.write_bytes(bytes(file.stat().st_size))
 
 
-@pytest.mark.parametrize("damage", [truncate, overwrite, os.remove])
+def append(file):
+    file.write_bytes(file.read_bytes() + b"x")
+
+
+@pytest.mark.parametrize("damage", [truncate, append, overwrite, os.remove])
 @pytest.mark.parametrize(
     "name", ["tokens.arrow", "sentences.arrow", "documents.arrow", "token_counts.npy", "manifest.json"]
 )

@@ -102,7 +102,6 @@ def test_booleans_on_the_command_line(argv, expected):
     assert from_command_line(*argv).bf16 is expected
 
 
-
 def wrong_values():
     for field in fields(PretrainingArguments):
         kind = field.type

@@ -133,7 +133,7 @@ def test_nothing_in_it_is_a_pickle(tmp_path, trained):
     folder = saved(tmp_path / "step-00000003", *trained())
     for path in folder.rglob("*"):
         if path.is_file():
-            assert path.suffix in (".json", ".safetensors")
+            assert path.suffix in (".json", ".safetensors", ".py")
             assert not zipfile.is_zipfile(path)
             with pytest.raises(ValueError), path.open("rb") as file:
                 for _ in pickletools.genops(file):
@@ -239,10 +239,17 @@ def test_prune_keeps_the_newest_by_number(tmp_path):
     for step in (9, 10, 100, 20):
         (tmp_path / f"step-{step:d}").mkdir()
     (tmp_path / ".step-5.incomplete").mkdir()
-    prune(tmp_path, 2)
+    prune(tmp_path, 2, tmp_path / "step-100")
     assert [path.name for path in checkpoints_in(tmp_path)] == ["step-20", "step-100"]
-    prune(tmp_path, 5)
+    prune(tmp_path, 5, tmp_path / "step-100")
     assert len(checkpoints_in(tmp_path)) == 2
+
+
+def test_prune_never_deletes_what_was_just_written_and_what_it_came_from(tmp_path):
+    for step in (10, 20, 25, 30, 40):
+        (tmp_path / f"step-{step:d}").mkdir()
+    prune(tmp_path, 2, tmp_path / "step-25")
+    assert [path.name for path in checkpoints_in(tmp_path)] == ["step-20", "step-25"]
 
 
 def test_a_moved_checkpoint_is_still_one(tmp_path, trained, make_model):

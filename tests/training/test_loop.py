@@ -39,9 +39,7 @@ class NotANumberAt(SentenceOrderObjective):
 
 @pytest.mark.parametrize("family", ["mixlm", "switch"])
 @pytest.mark.parametrize("task", ["SOP", "ICT"])
-def test_a_resumed_run_equals_one_without_interruption(
-    make_arguments, run_training, checkpoint_folder, family, task
-):
+def test_a_resumed_run_equals_one_without_interruption(make_arguments, run_training, checkpoint_folder, family, task):
     """11 steps of 8 of 37 rows: epochs of 4 steps, windows of 2; the break is within a window."""
     settings = {"scheduler_num_steps": 20, "warmup_steps": 2, "save_steps": 7, "eval_steps": 4}
     whole = make_arguments(model_name="whole", num_steps=11, **settings)
@@ -276,6 +274,14 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path, make_arguments, part
 def test_fp16_needs_cuda(make_arguments):
     with pytest.raises(UserError, match="--fp16: there is no CUDA device"):
         prepare_run(make_arguments(fp16=True))
+
+
+def test_ranks_that_do_not_find_each_other_are_refused(make_arguments, monkeypatch):
+    """Each would train alone, and write over the other's folder."""
+    monkeypatch.setenv("WORLD_SIZE", "2")  # and no rank: this process is alone
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    with pytest.raises(UserError, match="2 processes were launched and 1 found each other"):
+        prepare_run(make_arguments())
 
 
 def test_bf16_trains(make_arguments, run_training):

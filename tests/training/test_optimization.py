@@ -9,14 +9,18 @@ def groups_by_name(model) -> dict[str, float]:
     """Parameter name -> weight decay; every parameter has to be in exactly one group."""
     optimizer = build_optimizer(model, learning_rate=0.1, weight_decay=0.3, epsilon=1e-7)
     names = {parameter: name for name, parameter in model.named_parameters()}
-    found = [(names[parameter], group["weight_decay"]) for group in optimizer.param_groups for parameter in group["params"]]
+    found = [
+        (names[parameter], group["weight_decay"]) for group in optimizer.param_groups for parameter in group["params"]
+    ]
     assert len(found) == len(dict(found)) == len(names)
     return dict(found)
 
 
 @pytest.mark.parametrize("task", ["SOP", "ICT"])
 @pytest.mark.parametrize("family", ["mixlm", "switch"])
-@pytest.mark.parametrize("fields", [{}, {"layer_group": 2}, {"layer_group": 2, "shared_parameters": "ffn", "ln_pos": 1}])
+@pytest.mark.parametrize(
+    "fields", [{}, {"layer_group": 2}, {"layer_group": 2, "shared_parameters": "ffn", "ln_pos": 1}]
+)
 def test_biases_and_layer_norms_do_not_decay_and_all_else_does(make_model, family, task, fields):
     model = make_model(family, task, **fields)
     decay = groups_by_name(model)

@@ -20,7 +20,7 @@ class Stub(nn.Module):
     def __init__(self, outputs: list[PreTrainingOutput], objective: str):
         super().__init__()
         self.outputs = outputs
-        self.config = SimpleNamespace(pretraining_objective=objective, hidden_size=2)
+        self.config = SimpleNamespace(pretraining_objective=objective, hidden_size=2)  # of the embeddings below
 
     def forward(self, input_ids, labels, context_labels=None, **other):
         output = self.outputs[int(input_ids[0, 0])]
@@ -132,7 +132,7 @@ def test_a_hopeless_model_has_a_finite_perplexity():
     }
     output = PreTrainingOutput(prediction_logits=torch.tensor([[-1e5, 0, 0]]), sop_logits=torch.zeros(1, 2))
     metrics = evaluate_pretraining(Stub([output], "sop"), [batch], Accelerator(cpu=True), UNIGRAM)
-    assert math.isfinite(metrics["perplexity"]) and metrics["mlm_loss"] == pytest.approx(1e5)
+    assert math.isfinite(metrics["perplexity"]) and metrics["mlm_loss"] == pytest.approx(1e5, rel=1e-4)
 
 
 def test_the_unigram_model_by_hand():
@@ -146,7 +146,7 @@ def test_recall_at_1_by_hand():
     queries = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
     # The second and the third query like contexts 1 and 2 alike; the first of equals is taken.
     assert recall_at_1(queries, contexts) == pytest.approx(2 / 3)
-    assert recall_at_1(contexts, contexts) == pytest.approx(1 / 3)
+    assert recall_at_1(queries[[1, 0, 2]], contexts) == 0
     assert recall_at_1(queries[:0], contexts[:0]) == 0
 
 

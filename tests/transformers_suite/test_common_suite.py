@@ -15,7 +15,7 @@ import mixlm
 
 try:
     modeling, configuration = load_suite()
-except Unavailable as error:
+except (Unavailable, OSError) as error:
     pytest.skip(f"transformers' common suite is not available: {error}", allow_module_level=True)
 
 FAMILIES = {
@@ -77,6 +77,7 @@ class ModelTester:
             "n_experts": 4,
             "ff_dim": 64,
             "max_position_embeddings": 32,
+            "initializer_range": 0.2,  # at 0.02 every attention is flat, and a wrong one compares equal
             **fields,
         }
         self.num_attention_heads = self.fields["num_heads"]

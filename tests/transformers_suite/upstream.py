@@ -46,6 +46,7 @@ def suite_folder() -> Path:
 
     Raises:
         Unavailable: pip cannot fetch the archive.
+        OSError: the cache folder cannot be written.
     """
     cache = Path(os.environ.get("MIXLM_CACHE") or Path.home() / ".cache" / "mixlm")
     folder = cache / f"transformers-{transformers.__version__}"
