@@ -1,11 +1,14 @@
 """Text in, documents out: streaming readers for corpus files and for anything the `datasets` library can load.
 
 A corpus file is UTF-8 text, one sentence a line, a blank line between documents: `.dat`, `.dat.xz` or `.dat.gz`.
+Text is composed to NFC: a Hangul syllable written as its letters (as file systems and some editors do) becomes the one
+character that the vocabulary has.
 """
 
 import gzip
 import lzma
 import re
+import unicodedata
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,7 +34,7 @@ class Document:
     """Consecutive sentences that belong together.
 
     Attributes:
-        sentences: stripped, none of them empty.
+        sentences: stripped, composed to NFC, none of them empty.
         source: the file, or the name of the dataset, it came from.
         line: number of its first line in the file (its first row in the dataset), counted from 1.
     """
@@ -146,8 +149,8 @@ def documents_of_dataset(dataset: "Dataset", name: str | Path, text_column: str)
 
 
 def split_sentences(text: str) -> list[str]:
-    """Split at line breaks or, where there are none, after sentence-final punctuation followed by a space."""
-    text = text.strip()
+    """Compose to NFC and split at line breaks or, where there are none, after sentence-final punctuation followed by a space."""
+    text = unicodedata.normalize("NFC", text.strip())
     pieces = text.splitlines() if "\n" in text or "\r" in text else SENTENCE_BORDER.split(text)
     return [piece.strip() for piece in pieces if piece.strip()]
 
@@ -206,13 +209,14 @@ def _read_file(file: Path) -> Iterator[Document]:
 
 
 def _read_lines(file: Path) -> Iterator[tuple[int, str]]:
-    """Numbered, stripped lines. They are decoded one by one so that an error can name its byte."""
+    """Numbered, stripped lines in NFC. They are decoded one by one so that an error can name its byte."""
     number = offset = 0
     text = "text" if file.suffix == ".dat" else "decompressed text"
     try:
         with _open_binary(file) as stream:
             for number, line in enumerate(stream, start=1):
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+                decoded = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                yield number, unicodedata.normalize("NFC", decoded.strip())
                 offset += len(line)
     except UnicodeDecodeError as error:
         position = offset + error.start

@@ -37,7 +37,7 @@ from mixlm.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: text is composed to NFC
 
 
 class TokenizedCorpus:

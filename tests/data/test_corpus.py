@@ -1,6 +1,7 @@
 import gzip
 import json
 import lzma
+import unicodedata
 
 import pytest
 
@@ -203,3 +204,12 @@ def test_what_is_wrong_with_a_dataset_is_said(tmp_path):
 
     DatasetDict({"a": Dataset.from_list(ROWS), "b": Dataset.from_list(ROWS)}).save_to_disk(tmp_path / "splits")
     assert "splits a, b" in message_for(tmp_path / "splits")
+
+
+def test_decomposed_hangul_is_composed(tmp_path):
+    decomposed = unicodedata.normalize("NFD", "한강은 서울을 지난다.")
+    assert decomposed != "한강은 서울을 지난다."
+    file = tmp_path / "text.dat"
+    file.write_text(f"{decomposed}\n\n둘째 문서이다.\n", "utf-8")
+    assert next(read_documents(file)).sentences == ["한강은 서울을 지난다."]
+    assert split_sentences(decomposed) == ["한강은 서울을 지난다."]
