@@ -149,7 +149,7 @@ def documents_of_dataset(dataset: "Dataset", name: str | Path, text_column: str)
 
 
 def split_sentences(text: str) -> list[str]:
-    """Compose to NFC and split at line breaks or, where there are none, after sentence-final punctuation followed by a space."""
+    """Split at line breaks or, where there are none, after sentence-final punctuation followed by a space. In NFC."""
     text = unicodedata.normalize("NFC", text.strip())
     pieces = text.splitlines() if "\n" in text or "\r" in text else SENTENCE_BORDER.split(text)
     return [piece.strip() for piece in pieces if piece.strip()]
