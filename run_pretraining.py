@@ -3,8 +3,8 @@
 
     python run_pretraining.py --model_name my-model --corpus_path CORPUS --tokenizer TOKENIZER --num_steps 2000
 
-or `python run_pretraining.py arguments.json`; on several processes `accelerate launch --num_processes 2 ...` with
-GPUs, `torchrun --nproc_per_node 2 run_pretraining.py ...` with or without.
+or `accelerate launch --num_processes 2 run_pretraining.py ...` (with `--cpu` on a machine without GPUs), or
+`python run_pretraining.py arguments.json`.
 """
 
 from functools import partial

@@ -1,5 +1,6 @@
 """Errors a user can cause: one line that says what, where, what was found and what to do; exit code 2."""
 
+import os
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -24,7 +25,8 @@ def exits_on_user_error(main: Callable) -> Callable:
         try:
             return main(*args, **kwargs)
         except UserError as error:
-            print(f"error: {one_line(error)}", file=sys.stderr)
+            if os.environ.get("RANK", "0") == "0":  # what is wrong with the input is wrong on every rank
+                print(f"error: {one_line(error)}", file=sys.stderr)
             sys.exit(USER_ERROR_EXIT_CODE)
 
     return wrapper

@@ -158,7 +158,9 @@ class TestBadCheckpoint:
         checkpoint.mkdir()
         assert refused(*files, family, head).startswith(f"{checkpoint}: not a file of plain tensors")
 
-    @pytest.mark.parametrize("write", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))])
+    @pytest.mark.parametrize(
+        "write", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value, protocol=2))]
+    )
     def test_code_in_it_does_not_run(self, files, family, head, write, tmp_path):
         checkpoint, *_ = files
         sign = tmp_path / "it-ran"

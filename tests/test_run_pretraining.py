@@ -405,11 +405,14 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def launch(arguments: dict) -> subprocess.CompletedProcess:
-    """Run the script on two ranks. (On CPUs `accelerate launch --cpu --num_processes 2` starts a single one.)"""
-    torchrun = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
+def launch(arguments: dict, launcher: str = "accelerate") -> subprocess.CompletedProcess:
+    """Run the script on two ranks."""
+    launchers = {
+        "accelerate": ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--main_process_port"],
+        "torchrun": ["torch.distributed.run", "--nproc_per_node", "2", "--master_port"],
+    }
     return subprocess.run(
-        [sys.executable, "-m", *torchrun, "run_pretraining.py", *command_line(arguments)],
+        [sys.executable, "-m", *launchers[launcher], str(free_port()), "run_pretraining.py", *command_line(arguments)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         cwd=REPOSITORY,
         capture_output=True,
@@ -437,12 +440,14 @@ def assert_same_run(one: Path, two: Path) -> None:
         assert other_values == pytest.approx(values, rel=1e-3, abs=1e-5), tag
 
 
-@pytest.mark.parametrize(("family", "task"), [("switch", "SOP"), ("mixlm", "ICT")])
-def test_two_ranks_give_the_result_of_one_process(run, arguments, tmp_path, family, task):
+@pytest.mark.parametrize(
+    ("launcher", "family", "task"), [("accelerate", "switch", "SOP"), ("torchrun", "mixlm", "ICT")]
+)
+def test_two_ranks_give_the_result_of_one_process(run, arguments, tmp_path, launcher, family, task):
     settings = {"task": task, "num_steps": 4, "eval_steps": 2, "max_eval_examples": 11}
     run(arguments(family, model_name="one", train_batch_size=8, **settings))
     two = arguments(family, model_name="two", train_batch_size=2, gradient_accumulation_steps=2, **settings)
-    finished = launch(two)
+    finished = launch(two, launcher)
     assert finished.returncode == 0, finished.stderr
     assert "terminate" not in finished.stderr and "Traceback" not in finished.stderr
     assert_same_run(tmp_path / "outputs" / "one", tmp_path / "outputs" / "two")

@@ -18,6 +18,7 @@ from ..data.batching import Position
 from ..errors import UserError
 from .arguments import TrainingArguments
 from .checkpoint import TrainingState, checkpoints_in, load_checkpoint, prune, save_checkpoint, write_atomically
+from .launch import start_missing_processes
 from .objectives import Batch, SentenceOrderObjective
 from .optimization import build_optimizer, learning_rate_factor
 from .tracking import Progress
@@ -36,6 +37,7 @@ def prepare_run(arguments: TrainingArguments) -> Accelerator:
     if arguments.fp16 and not torch.cuda.is_available():
         # accelerate would go on in fp32 without a word.
         raise UserError("--fp16: there is no CUDA device here; leave it out for fp32, or use --bf16")
+    start_missing_processes()
     folder = arguments.run_folder
     accelerator = Accelerator(
         # Without this, ranks on CPUs would not find each other, and each would train alone.

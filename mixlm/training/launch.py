@@ -1,0 +1,46 @@
+"""`accelerate launch --cpu --num_processes N` as its user means it."""
+
+import os
+import sys
+
+import psutil
+
+from ..errors import UserError
+
+# Each launcher that starts one process per rank says in one of these which rank a process is.
+RANK_VARIABLES = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+
+
+def start_missing_processes() -> None:
+    """Replace this process by N ranks where accelerate's launcher was asked for N on CPUs and started one.
+
+    accelerate leaves several CPU processes to mpirun: without it, it prepares an address for them to meet, starts the
+    script once and says nothing, and the one process would train alone on a smaller global batch. Does nothing in any
+    other situation.
+
+    Raises:
+        UserError: the launcher's command line does not say how many processes were meant.
+    """
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+    several_were_meant = on_cpu and "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ
+    if not several_were_meant or any(name in os.environ for name in RANK_VARIABLES):
+        return
+    launcher = psutil.Process().parent().cmdline()
+    processes = option_value(launcher, "num_processes")
+    if processes is None or option_value(launcher, "num_machines") not in (None, "1"):
+        raise UserError(
+            "accelerate launch started one process where several were configured; on CPUs use "
+            "torchrun --nproc_per_node N (with --nnodes for several machines)"
+        )
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", processes]
+    meeting_point = ["--master_addr", os.environ["MASTER_ADDR"], "--master_port", os.environ["MASTER_PORT"]]
+    os.execv(sys.executable, [sys.executable, *torchrun, *meeting_point, *sys.argv])
+
+
+def option_value(command_line: list[str], name: str) -> str | None:
+    """The value of `--name value` or `--name=value` in a command line, with dashes or underscores; None if absent."""
+    for word, following in zip(command_line, [*command_line[1:], ""], strict=True):
+        option, equals, value = word.partition("=")
+        if option.startswith("--") and option[2:].replace("-", "_") == name:
+            return value if equals else following
+    return None
