@@ -7,15 +7,14 @@ what it needs when it runs, so that `mixlm --help` does not wait for torch.
 import argparse
 import difflib
 import math
-import os
-import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import UserError, exits_on_user_error
+from .files import new_folder, require_free
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -269,13 +268,10 @@ def report_runs_verb(arguments: argparse.Namespace) -> None:
 
 def convert_verb(arguments: argparse.Namespace) -> None:
     """`mixlm convert`."""
-    _check_free(arguments.out)
+    require_free(arguments.out)
     from .conversion import convert_checkpoint
 
-    def write(folder: Path) -> None:
-        convert_checkpoint(arguments.checkpoint, arguments.config, folder, arguments.family, arguments.head)
-
-    _write_folder(arguments.out, write)
+    convert_checkpoint(arguments.checkpoint, arguments.config, arguments.out, arguments.family, arguments.head)
     print(f"converted into {arguments.out}; load it with from_pretrained")
 
 
@@ -289,38 +285,15 @@ def _check_new_tokenizer(arguments: argparse.Namespace) -> None:
     """Refuse what would fail at the end of the work before it begins."""
     if arguments.max_length < 3:
         raise UserError(f"--max_length {arguments.max_length}: must be 3 or more, for [CLS], one token and [SEP]")
-    _check_free(arguments.out)
-
-
-def _check_free(out: Path) -> None:
-    if out.is_dir() and any(out.iterdir()):
-        found = "already holds a tokenizer" if (out / "tokenizer.json").exists() else "exists and is not empty"
-        raise UserError(f"--out {out}: {found}; use another name or delete it")
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out}: is a file; use another name")
+    require_free(arguments.out)
 
 
 def _save_tokenizer(tokenizer: "PreTrainedTokenizerFast", arguments: argparse.Namespace) -> None:
     tokenizer.model_max_length = arguments.max_length
-    _write_folder(arguments.out, tokenizer.save_pretrained)
+    with new_folder(arguments.out) as folder:
+        tokenizer.save_pretrained(folder)
     print(f"{len(tokenizer):,} tokens saved in {arguments.out}")
     print(f'Load it with AutoTokenizer.from_pretrained("{arguments.out}").')
-
-
-def _write_folder(out: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a folder beside `out`, then rename it: `out` is there whole or not at all."""
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    try:
-        partial.mkdir(parents=True)
-        write(partial)
-        _check_free(out)
-        if out.exists():
-            out.rmdir()
-        partial.rename(out)
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _corpus_rows(report: "TokenizerReport") -> list[tuple[str, str, str]]:

@@ -1,17 +1,15 @@
 """Checkpoints of the older implementation -> one folder that every head's `from_pretrained` loads."""
 
-import os
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from .configuration import MixLMConfig, MixLMSwitchConfig
 from .errors import UserError
+from .files import new_folder, require_free
 from .modeling_mixlm import MixLMForPreTraining, kernel_sizes
 from .modeling_switch import MixLMSwitchForPreTraining
 
@@ -64,9 +62,8 @@ def convert_checkpoint(
         raise UserError(f"family {family!r} is unknown; use one of {', '.join(FAMILIES)}")
     if head not in HEADS:
         raise UserError(f"head {head!r} is unknown; use one of {', '.join(HEADS)}")
-    out = Path(out).absolute()
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"{out}: exists already; name a folder that does not exist or is empty")
+    out = Path(out)
+    require_free(out)
     config_class, model_class = FAMILIES[family]
     try:
         config = config_class.from_preset(config_file, pretraining_objective=head)
@@ -85,7 +82,8 @@ def convert_checkpoint(
     model.to(weights["encoder.embeddings.word_embeddings.weight"].dtype)
     model.load_state_dict(weights, strict=False)
     qa_outputs = {name: tensor for name, tensor in weights.items() if name.startswith("qa_outputs.")}
-    _save_whole(model, {**model.state_dict(), **qa_outputs}, out)
+    with new_folder(out) as folder:
+        model.save_pretrained(folder, state_dict={**model.state_dict(), **qa_outputs})
 
 
 def _differences(weights: dict[str, Tensor], model: torch.nn.Module) -> str:
@@ -108,21 +106,6 @@ def _differences(weights: dict[str, Tensor], model: torch.nn.Module) -> str:
         for what, names in differences.items()
         if names
     )
-
-
-def _save_whole(model: PreTrainedModel, state_dict: dict[str, Tensor], out: Path) -> None:
-    """Write beside `out` and rename, so that the folder is either whole or not there."""
-    beside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
-        beside.mkdir(parents=True)
-        model.save_pretrained(beside, state_dict=state_dict)
-        if out.exists():
-            out.rmdir()
-        beside.rename(out)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
 
 
 def read_weights(checkpoint: str | Path) -> dict[str, Tensor]:

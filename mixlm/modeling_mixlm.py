@@ -31,8 +31,10 @@ def kernel_sizes(largest: int, groups: int) -> list[int]:
     convolutions: MixConv, arXiv:1907.09595; here along the tokens.)
     """
     available = list(range(largest, 2, -2)) or [largest]
-    if groups == 1 or len(available) == 1:
-        return [largest] * groups
+    if groups == 1:
+        return [largest]
+    if groups >= len(available):  # each size equally often, as far as that is possible
+        return [available[group * len(available) // groups] for group in range(groups)]
     return [available[round(group * (len(available) - 1) / (groups - 1))] for group in range(groups)]
 
 

@@ -351,14 +351,14 @@ class TestBadTarget:
     def test_a_file(self, files, family, head):
         *_, out = files
         out.write_text("mine")
-        assert refused(*files, family, head).startswith(f"{out}: exists already")
+        assert refused(*files, family, head).startswith(f"{out}: is a file")
         assert out.read_text() == "mine"
 
     def test_a_folder_with_something_in_it(self, files, family, head):
         *_, out = files
         out.mkdir()
         (out / "notes.txt").write_text("mine")
-        assert refused(*files, family, head).startswith(f"{out}: exists already")
+        assert refused(*files, family, head).startswith(f"{out}: exists and is not empty")
 
     def test_below_a_file(self, files, family, head):
         checkpoint, config_file, _ = files

@@ -11,7 +11,7 @@ PACKAGE = REPOSITORY / "mixlm"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 MODEL_CODE = ("configuration", "heads", "modeling_mixlm", "modeling_switch")
 # Layers, top to bottom; a module imports from its own layer and from lower ones.
-LAYERS = [{"cli"}, {"training", "retrieval", "evaluation"}, {"data", "tokenization", "conversion"}]
+LAYERS = [{"cli"}, {"training", "retrieval", "evaluation"}, {"data", "tokenization", "conversion"}, {"files"}]
 ONLY_IN = {"fairscale": ("training", "sharding"), "faiss": ("retrieval", "index")}
 
 

@@ -34,6 +34,7 @@ from mixlm.data.corpus import Document, documents_of_dataset, load_text_dataset,
 from mixlm.data.hashing import content_hashes, file_stamps, hash_json
 from mixlm.data.tokenizing import tokenize_documents
 from mixlm.errors import UserError
+from mixlm.files import partial_name, whole_folder
 
 logger = logging.getLogger(__name__)
 
@@ -215,7 +216,7 @@ def build_or_open(
         corpus = _open_whole(folder)  # another process may have built it in the meantime
         if corpus is None:
             _remove_leftovers(cache_dir)
-            with _replacing(folder) as partial:
+            with whole_folder(folder) as partial:
                 counts = tokenize_documents(partial, documents(), backend, len(tokenizer), max_sentence_length)
                 if counts["num_documents"] < 2:
                     raise UserError(
@@ -240,10 +241,7 @@ def _write_manifest(folder: Path, entries: dict) -> None:
         "libraries": {name: version(name) for name in ("tokenizers", "transformers", "pyarrow", "numpy")},
         "file_sizes": {file.name: file.stat().st_size for file in sorted(folder.iterdir())},
     }
-    with open(folder / "manifest.json", "w", encoding="utf-8") as file:
-        json.dump(manifest, file, ensure_ascii=False, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
+    (folder / "manifest.json").write_text(json.dumps(manifest, ensure_ascii=False, indent=2), encoding="utf-8")
 
 
 def _open_whole(folder: Path) -> TokenizedCorpus | None:
@@ -274,28 +272,12 @@ def _cache_errors(cache_dir: Path) -> Iterator[None]:
         ) from error
 
 
-@contextmanager
-def _replacing(folder: Path) -> Iterator[Path]:
-    """A new folder to be filled. It takes the place of `folder` when all went well, and else it is removed."""
-    partial = folder.with_suffix(".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of an interrupted build: who is here holds the lock
-    partial.mkdir()
-    try:
-        yield partial
-        _sync_folder(partial)
-        if folder.exists():
-            shutil.rmtree(folder)
-        partial.rename(folder)
-        _sync_folder(folder.parent)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
 def _remove_leftovers(cache_dir: Path) -> None:
     """Remove what interrupted builds of other stores have left: the folders whose lock nobody holds."""
-    for partial in cache_dir.glob("corpus-*.partial"):
+    for partial in cache_dir.glob(partial_name(Path("corpus-*")).name):
+        folder = partial.with_name(partial.stem.removeprefix("."))
         try:
-            with FileLock(_lock_file(partial.with_suffix("")), timeout=0):
+            with FileLock(_lock_file(folder), timeout=0):
                 shutil.rmtree(partial)
         except Timeout:
             continue
@@ -303,12 +285,3 @@ def _remove_leftovers(cache_dir: Path) -> None:
 
 def _lock_file(folder: Path) -> Path:
     return folder.with_suffix(".lock")
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the names in a folder as durable as the content of its files."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -11,7 +11,6 @@ order of data, masking and dropout are functions of the seed and the step.
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 
 from ..data.batching import Position
 from ..errors import UserError
+from ..files import whole_folder
 
 OPTIMIZER_FILE, STATE_FILE, MODEL_FOLDER = "optimizer.safetensors", "state.json", "model"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -37,22 +37,6 @@ class TrainingState:
     step: int
     position: Position
     scaler: dict[str, Any] | None = None
-
-
-def write_atomically(folder: Path, write) -> None:
-    """Call `write(temporary folder)` and move the result to `folder`, so that `folder` is whole or absent."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.parent / f".{folder.name}.incomplete"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    write(temporary)
-    for path in temporary.rglob("*"):
-        if path.is_file():
-            _flush(path)
-    _flush(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
-    _flush(folder.parent)
 
 
 def save_checkpoint(
@@ -68,21 +52,19 @@ def save_checkpoint(
         arguments: the resolved arguments of the run.
     """
 
-    def write(temporary: Path) -> None:
-        model.save_pretrained(temporary / MODEL_FOLDER)
-        save_file(optimizer_tensors(model, optimizer), temporary / OPTIMIZER_FILE)
-        files = sorted(path for path in temporary.rglob("*") if path.is_file())
+    with whole_folder(folder) as partial:
+        model.save_pretrained(partial / MODEL_FOLDER)
+        save_file(optimizer_tensors(model, optimizer), partial / OPTIMIZER_FILE)
+        files = sorted(path for path in partial.rglob("*") if path.is_file())
         contents = {
             "step": state.step,
             "position": state.position.to_dict(),
             "scaler": state.scaler,
             "arguments": arguments,
             "versions": {name: version(name) for name in ("torch", "transformers", "accelerate")},
-            "files": {path.relative_to(temporary).as_posix(): _hash(path) for path in files},
+            "files": {path.relative_to(partial).as_posix(): _hash(path) for path in files},
         }
-        (temporary / STATE_FILE).write_text(json.dumps(contents, indent=2, ensure_ascii=False) + "\n", "utf-8")
-
-    write_atomically(folder, write)
+        (partial / STATE_FILE).write_text(json.dumps(contents, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
 def load_checkpoint(
@@ -179,11 +161,3 @@ def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, t
 def _hash(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, hashlib.blake2b).hexdigest()
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

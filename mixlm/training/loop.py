@@ -16,8 +16,9 @@ from transformers import PreTrainedTokenizerBase
 
 from ..data.batching import Position
 from ..errors import UserError
+from ..files import whole_folder
 from .arguments import TrainingArguments
-from .checkpoint import TrainingState, checkpoints_in, load_checkpoint, prune, save_checkpoint, write_atomically
+from .checkpoint import TrainingState, checkpoints_in, load_checkpoint, prune, save_checkpoint
 from .launch import start_missing_processes
 from .objectives import Batch, SentenceOrderObjective
 from .optimization import build_optimizer, learning_rate_factor
@@ -242,18 +243,14 @@ def finish_run(
     """Put model, tokenizer and eval_results.json into the run's folder, and end the process group."""
     folder = arguments.run_folder
     if accelerator.is_main_process:
-
-        def write(temporary: Path) -> None:
-            model.save_pretrained(temporary)
-            tokenizer.save_pretrained(temporary)
+        with whole_folder(folder / "final") as partial:
+            model.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
             results = {f"eval/{name}": value for name, value in metrics.items()}
-            (temporary / "eval_results.json").write_text(json.dumps(results, indent=2) + "\n", "utf-8")
-
-        written = folder / "final"
-        write_atomically(written, write)
-        for path in written.iterdir():
+            (partial / "eval_results.json").write_text(json.dumps(results, indent=2) + "\n", "utf-8")
+        for path in (folder / "final").iterdir():
             os.replace(path, folder / path.name)
-        written.rmdir()
+        (folder / "final").rmdir()
         for name, value in metrics.items():
             print(f"  {name:>16}  {value:,.4f}")
         print(f"model, tokenizer and results are in {folder}; draw its curves with: mixlm report {folder}")

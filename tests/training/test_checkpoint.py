@@ -17,7 +17,6 @@ from mixlm.training.checkpoint import (
     prune,
     read_state,
     save_checkpoint,
-    write_atomically,
 )
 from mixlm.training.optimization import build_optimizer
 
@@ -212,11 +211,11 @@ def test_an_interrupted_write_leaves_the_earlier_checkpoints_and_no_new_one(tmp_
     monkeypatch.undo()
     saved(tmp_path / "step-00000004", model, optimizer)
     assert [path.name for path in checkpoints_in(tmp_path)] == ["step-00000003", "step-00000004"]
-    assert not (tmp_path / ".step-00000004.incomplete").exists()
+    assert not (tmp_path / ".step-00000004.partial").exists()
 
 
 def test_leftovers_of_a_killed_process_are_no_checkpoints_and_no_hindrance(tmp_path, trained, make_model):
-    leftover = tmp_path / ".step-00000003.incomplete"
+    leftover = tmp_path / ".step-00000003.partial"
     (leftover / "model").mkdir(parents=True)
     (leftover / "model" / "stranger.bin").write_text("half")
     for name in ("step-", "step-x", "step-00000009.old", "model"):
@@ -228,17 +227,10 @@ def test_leftovers_of_a_killed_process_are_no_checkpoints_and_no_hindrance(tmp_p
     load_checkpoint(folder, model := make_model(), new_optimizer(model))
 
 
-def test_writing_over_a_folder_replaces_it_whole(tmp_path):
-    target = tmp_path / "a" / "target"
-    write_atomically(target, lambda folder: (folder / "one").write_text("1"))
-    write_atomically(target, lambda folder: (folder / "two").write_text("2"))
-    assert contents(tmp_path) == {(target / "two").relative_to(tmp_path): b"2"}
-
-
 def test_prune_keeps_the_newest_by_number(tmp_path):
     for step in (9, 10, 100, 20):
         (tmp_path / f"step-{step:d}").mkdir()
-    (tmp_path / ".step-5.incomplete").mkdir()
+    (tmp_path / ".step-5.partial").mkdir()
     prune(tmp_path, 2, tmp_path / "step-100")
     assert [path.name for path in checkpoints_in(tmp_path)] == ["step-20", "step-100"]
     prune(tmp_path, 5, tmp_path / "step-100")

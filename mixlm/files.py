@@ -1,0 +1,69 @@
+"""Folders that are either whole or absent, whatever happens while they are written."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .errors import UserError
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A new folder to be filled. When all went well it takes the place of `folder`, and else it is removed.
+
+    It lies beside `folder` as `.NAME.partial`, and is flushed to the disk before it is renamed, so that a power cut
+    leaves no folder with empty files either. What an interrupted process has left is removed by the next one.
+    """
+    partial = partial_name(folder)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        for path in [*partial.rglob("*"), partial]:
+            flush(path)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(partial, folder)
+        flush(folder.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def partial_name(folder: Path) -> Path:
+    """Where a folder lies while it is being filled."""
+    return folder.with_name(f".{folder.name}.partial")
+
+
+def flush(path: Path) -> None:
+    """Make the content of a file, or the names in a folder, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """As `whole_folder`, for a folder that a user has named: nothing that lies there is replaced.
+
+    Raises:
+        UserError: `out` is a file or holds something, or it cannot be written.
+    """
+    require_free(out)
+    try:
+        with whole_folder(out) as partial:
+            yield partial
+            require_free(out)  # nothing may have come there in the meantime
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written: {error.strerror or error}") from error
+
+
+def require_free(out: Path) -> None:
+    """Raise UserError where `out` is a file or a folder that holds something."""
+    if out.is_dir() and any(out.iterdir()):
+        raise UserError(f"{out}: exists and is not empty; use another name or delete it")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: is a file; use another name")
