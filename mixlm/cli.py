@@ -232,11 +232,13 @@ def fill_mask_verb(arguments: argparse.Namespace) -> None:
     if arguments.top < 1:
         raise UserError(f"--top {arguments.top}: must be 1 or more")
     from transformers import AutoModelForMaskedLM, pipeline
+    from transformers.utils.logging import disable_progress_bar
 
     import mixlm  # noqa: F401  registers the model families
 
     from .tokenization import load_tokenizer
 
+    disable_progress_bar()
     tokenizer = load_tokenizer(arguments.model)
     masks = arguments.text.count(tokenizer.mask_token)
     if not masks:
@@ -269,8 +271,11 @@ def report_runs_verb(arguments: argparse.Namespace) -> None:
 def convert_verb(arguments: argparse.Namespace) -> None:
     """`mixlm convert`."""
     require_free(arguments.out)
+    from transformers.utils.logging import disable_progress_bar
+
     from .conversion import convert_checkpoint
 
+    disable_progress_bar()
     convert_checkpoint(arguments.checkpoint, arguments.config, arguments.out, arguments.family, arguments.head)
     print(f"converted into {arguments.out}; load it with from_pretrained")
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import wraps
 
 USER_ERROR_EXIT_CODE = 2
+INTERRUPTED_EXIT_CODE = 130  # what a shell expects after Ctrl-C
 
 
 class UserError(Exception):
@@ -18,7 +19,7 @@ def one_line(message: object) -> str:
 
 
 def exits_on_user_error(main: Callable) -> Callable:
-    """Decorate a program's `main`: a `UserError` becomes `error: ...` on stderr and exit code 2."""
+    """Decorate a program's `main`: a `UserError` becomes `error: ...` on stderr and exit code 2, Ctrl-C 130."""
 
     @wraps(main)
     def wrapper(*args, **kwargs):
@@ -28,5 +29,8 @@ def exits_on_user_error(main: Callable) -> Callable:
             if os.environ.get("RANK", "0") == "0":  # what is wrong with the input is wrong on every rank
                 print(f"error: {one_line(error)}", file=sys.stderr)
             sys.exit(USER_ERROR_EXIT_CODE)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            sys.exit(INTERRUPTED_EXIT_CODE)
 
     return wrapper

@@ -7,12 +7,14 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 from torch import nn
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 from ..data.batching import Position
 from ..errors import UserError
@@ -39,6 +41,7 @@ def prepare_run(arguments: TrainingArguments) -> Accelerator:
         # accelerate would go on in fp32 without a word.
         raise UserError("--fp16: there is no CUDA device here; leave it out for fp32, or use --bf16")
     start_missing_processes()
+    disable_progress_bar()  # of saving and loading weights: they would break the one of the training
     folder = arguments.run_folder
     accelerator = Accelerator(
         # Without this, ranks on CPUs would not find each other, and each would train alone.
@@ -94,6 +97,19 @@ def find_checkpoint(arguments: TrainingArguments) -> Path | None:
     return Path(arguments.checkpoint)
 
 
+def changed_arguments(earlier: dict[str, Any], arguments: TrainingArguments) -> dict[str, tuple[Any, Any]]:
+    """The arguments that differ from those a checkpoint was written with: name -> (before, now).
+
+    A run may go on with another learning rate or batch size, but its user should see it.
+    """
+    about_the_run_alone = ("model_name", "output_dir", "checkpoint", "overwrite_output_dir")
+    return {
+        name: (earlier.get(name), value)
+        for name, value in arguments.to_dict().items()
+        if name not in about_the_run_alone and earlier.get(name) != value
+    }
+
+
 def train(
     model: nn.Module,
     objective_class: type[SentenceOrderObjective],
@@ -125,8 +141,10 @@ def train(
     checkpoint = find_checkpoint(arguments)
     model.to(accelerator.device)
     if checkpoint is not None:
-        state, _ = load_checkpoint(checkpoint, model, optimizer)
+        state, earlier_arguments = load_checkpoint(checkpoint, model, optimizer)
         accelerator.print(f"going on from {checkpoint} (step {state.step:,})")
+        for name, (before, now) in changed_arguments(earlier_arguments, arguments).items():
+            accelerator.print(f"  changed since then: {name} {before} -> {now}")
         if state.step >= arguments.num_steps:
             raise UserError(f"{checkpoint}: is at step {state.step}; give --num_steps above that to go on")
     elif accelerator.is_main_process:  # only now, when nothing can be wrong with the new run
@@ -152,7 +170,13 @@ def train(
         if accelerator.is_main_process:
             state.scaler = None if accelerator.scaler is None else accelerator.scaler.state_dict()
             target = checkpoints / f"step-{state.step:08d}"
-            save_checkpoint(target, bare_model, optimizer.optimizer, state, arguments.to_dict())
+            try:
+                save_checkpoint(target, bare_model, optimizer.optimizer, state, arguments.to_dict())
+            except OSError as error:
+                raise UserError(
+                    f"{target}: cannot be written: {error.strerror or error}; earlier checkpoints are kept; "
+                    "make room and go on with --checkpoint latest"
+                ) from error
             prune(checkpoints, arguments.keep_checkpoints, target)
         accelerator.wait_for_everyone()
 

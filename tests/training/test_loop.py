@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from mixlm.errors import UserError
+from mixlm.training import checkpoint as checkpoint_module
 from mixlm.training.checkpoint import checkpoints_in, load_checkpoint
 from mixlm.training.loop import find_checkpoint, prepare_run
 from mixlm.training.objectives import SentenceOrderObjective
@@ -311,3 +312,30 @@ def test_the_checkpoint_holds_the_resolved_arguments(make_arguments, run_trainin
     state = json.loads((checkpoint_folder(arguments, 1) / "state.json").read_text("utf-8"))
     assert state["arguments"] == arguments.to_dict()
     assert state["arguments"]["scheduler_num_steps"] == 1 and state["scaler"] is None
+
+
+def test_what_changed_since_the_checkpoint_is_said(make_arguments, run_training, capsys):
+    run_training(make_arguments(num_steps=2))
+    run_training(make_arguments(num_steps=3, checkpoint="latest", learning_rate=1e-3))
+    said = [line.strip() for line in capsys.readouterr().out.splitlines() if "changed since then" in line]
+    assert said == [
+        "changed since then: learning_rate 0.003 -> 0.001",
+        "changed since then: num_steps 2 -> 3",
+        "changed since then: scheduler_num_steps 2 -> 3",
+    ]
+
+
+def test_a_full_disk_is_an_error_that_keeps_earlier_checkpoints(make_arguments, run_training, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    arguments = make_arguments(num_steps=4, save_steps=2)
+    saving = checkpoint_module.save_file
+    steps = iter((saving, fail))
+    monkeypatch.setattr(checkpoint_module, "save_file", lambda *args, **kwargs: next(steps)(*args, **kwargs))
+    with pytest.raises(UserError, match="step-00000004: cannot be written: No space left on device"):
+        run_training(arguments)
+    assert names(arguments.run_folder) == ["step-00000002"]
+    monkeypatch.undo()
+    run_training(make_arguments(num_steps=4, save_steps=2, checkpoint="latest"))
+    assert names(arguments.run_folder) == ["step-00000002", "step-00000004"]
