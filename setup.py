@@ -26,6 +26,7 @@ setup(
         "filelock",
         "huggingface_hub>=2.4",
         "numpy>=2",
+        "psutil",
         "pyarrow",
         "safetensors",
         "tensorboard>=2.21",

@@ -259,7 +259,9 @@ def report_runs_verb(arguments: argparse.Namespace) -> None:
     """`mixlm report`."""
     from .training.report import last_values, plot_curves, read_curves
 
-    runs = {str(folder): read_curves(folder) for folder in arguments.runs}
+    names = [folder.resolve().name for folder in arguments.runs]
+    labels = names if len(set(names)) == len(names) else map(str, arguments.runs)
+    runs = {label: read_curves(folder) for label, folder in zip(labels, arguments.runs, strict=True)}
     out = arguments.out or arguments.runs[0] / "curves.png"
     plot_curves(runs, out)
     for name, curves in runs.items():
