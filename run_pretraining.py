@@ -43,9 +43,8 @@ def build_model(arguments: PretrainingArguments, tokenizer):
     source = arguments.preset or arguments.config_file
     try:
         config = config_class.from_preset(source, **overrides)
-    except Exception as error:  # a wrong value is one of several kinds of error of transformers' configurations
-        message = str(error)
-        raise UserError(message if message.startswith(f"{source}: ") else f"{source}: {message}") from error
+    except ValueError as error:
+        raise UserError(str(error)) from error
     if config.vocab_size != len(tokenizer):
         raise UserError(
             f"{source}: vocab_size={config.vocab_size}, but the tokenizer {arguments.tokenizer} has {len(tokenizer)} "

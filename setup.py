@@ -1,19 +1,21 @@
 """Packaging of mixlm."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 REPOSITORY = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (REPOSITORY / "mixlm" / "__init__.py").read_text("utf-8"))[1]
 
 setup(
     name="mixlm",
-    version="0.1.0",
+    version=VERSION,
     description="MixLM and Switch encoders for transformers: retrieval and machine reading in Korean and any language",
     long_description=(REPOSITORY / "README.md").read_text("utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     packages=find_packages(include=["mixlm", "mixlm.*"]),
     package_data={"mixlm": ["configs/*.json", "sample/*.dat"]},
     install_requires=[

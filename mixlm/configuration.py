@@ -1,5 +1,6 @@
 """Configurations of the two encoder families, and the presets that are loadable by name."""
 
+import difflib
 import json
 import math
 from pathlib import Path
@@ -16,6 +17,8 @@ PRESET_FOLDER = Path(__file__).parent / "configs"
 LEGACY_SETTINGS = {"shared_parameters": "ffn", "final_layer_norm": False}
 # Fields of older files that say nothing: an encoder is never causal, embeddings are as wide as the model.
 LEGACY_FIELDS = ("embedding_size", "causal")
+# What transformers writes into a configuration file beside the configuration's own fields.
+SAVED_BESIDE = ("architectures", "auto_map", "transformers_version", "dtype", "torch_dtype", "num_labels")
 # Fields that tell the family of a file without `model_type`.
 FAMILY_FIELDS = ("kernel_size", "capacity_factor")
 
@@ -118,11 +121,31 @@ class _EncoderConfig(PreTrainedConfig):
         if model_type is None:
             fields = cls._read_legacy_fields(name_or_file, fields)
         elif model_type != cls.model_type:
-            raise ValueError(f"{name_or_file}: model_type={model_type!r}, but {cls.__name__} reads {cls.model_type!r}")
+            raise ValueError(
+                f"{name_or_file}: model_type={model_type!r}, but {cls.__name__} reads {cls.model_type!r}; "
+                "run_pretraining.py takes the other family with --family"
+            )
+        else:
+            cls._refuse_unknown(name_or_file, fields)
+        overrides = cls._by_own_names(overrides)
+        cls._refuse_unknown(name_or_file, overrides)
         try:
-            return cls(**{**fields, **cls._by_own_names(overrides)})
+            return cls(**{**fields, **overrides})
         except StrictDataclassError as error:
-            raise ValueError(f"{name_or_file}: {' '.join(str(error).split())}") from error
+            reason = error.__cause__ or error  # without the name of the validator
+            raise ValueError(f"{name_or_file}: {' '.join(str(reason).split())}") from error
+        except (AttributeError, TypeError) as error:  # of a field that transformers itself reads
+            raise ValueError(f"{name_or_file}: {type(error).__name__}: {error}") from error
+
+    @classmethod
+    def _refuse_unknown(cls, name_or_file: str | Path, fields: dict[str, Any]) -> None:
+        """Raise ValueError for a misspelled field: its default would be taken without a word."""
+        known = {*cls().to_dict(), *SAVED_BESIDE}
+        for field in fields:
+            if field not in known:
+                close = difflib.get_close_matches(field, known, n=1)
+                hint = f"; did you mean {close[0]}?" if close else ""
+                raise ValueError(f"{name_or_file}: unknown field {field!r}{hint}")
 
     @classmethod
     def _by_own_names(cls, fields: dict[str, Any]) -> dict[str, Any]:

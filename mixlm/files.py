@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .errors import UserError
+from safetensors import SafetensorError
+
+from .errors import UserError, one_line
 
 
 @contextmanager
@@ -15,6 +17,9 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
     It lies beside `folder` as `.NAME.partial`, and is flushed to the disk before it is renamed, so that a power cut
     leaves no folder with empty files either. What an interrupted process has left is removed by the next one.
+
+    Raises:
+        OSError: it cannot be written; also where safetensors reports that in a way of its own.
     """
     partial = partial_name(folder)
     shutil.rmtree(partial, ignore_errors=True)
@@ -27,6 +32,8 @@ def whole_folder(folder: Path) -> Iterator[Path]:
             shutil.rmtree(folder)
         os.replace(partial, folder)
         flush(folder.parent)
+    except SafetensorError as error:
+        raise OSError(one_line(error)) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -47,7 +47,7 @@ class PreTrainingOutput(ModelOutput):
             the query's, then the context's).
         sop_logits: [batch, 2], index 0 = original order, 1 = swapped.
         embeddings, context_embeddings: ICT: [batch, hidden].
-        hidden_states, attentions, router_logits: of the first input, one entry a layer, on request.
+        hidden_states, attentions, router_logits: of the first input (ICT: the query), one entry a layer, on request.
     """
 
     loss: Tensor | None = None
@@ -176,15 +176,20 @@ def initialize(module: nn.Module) -> None:
         init.constant_(module.weight, 1 / 32)
 
 
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """`tensor` in float32, or in float64 if it is: what sums and exponentials need."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def masked_lm_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy over labelled tokens, [tokens, vocabulary] and [tokens]; 0 where no token is labelled."""
-    return F.cross_entropy(logits.float(), targets, reduction="sum") / max(len(targets), 1)
+    return F.cross_entropy(at_least_float32(logits), targets, reduction="sum") / max(len(targets), 1)
 
 
 def classification_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy over the rows whose target is not -100, [rows, classes] and [rows]; 0 where none is."""
     rows = (targets != IGNORE).sum().clamp(min=1)
-    return F.cross_entropy(logits.float(), targets, ignore_index=IGNORE, reduction="sum") / rows
+    return F.cross_entropy(at_least_float32(logits), targets, ignore_index=IGNORE, reduction="sum") / rows
 
 
 def in_batch_retrieval_loss(embeddings: Tensor, context_embeddings: Tensor) -> Tensor:
@@ -192,7 +197,8 @@ def in_batch_retrieval_loss(embeddings: Tensor, context_embeddings: Tensor) -> T
 
     Both are [batch, hidden]. (ICT: ORQA, arXiv:1906.00300, section 4; in-batch negatives: DPR, arXiv:2004.04906, 3.2.)
     """
-    scores = embeddings.float() @ context_embeddings.float().T
+    with torch.autocast(embeddings.device.type, enabled=False):  # inner products of whole texts overflow fp16
+        scores = at_least_float32(embeddings) @ at_least_float32(context_embeddings).T
     return F.cross_entropy(scores, torch.arange(len(scores), device=scores.device))
 
 
@@ -224,6 +230,10 @@ class EncoderHeads:
         self.encoder = self.base_model_class(config)
         self.build_heads(config)
         self.post_init()
+
+    def encode(self, *inputs: Tensor | None, **kwargs: Any) -> EncoderOutput:
+        """The encoder's output by name, whatever `config.return_dict` says."""
+        return self.encoder(*inputs, **{**kwargs, "return_dict": True})
 
 
 class MaskedLMHeadAccess:
@@ -266,7 +276,7 @@ class MaskedLMHeads(MaskedLMHeadAccess, EncoderHeads):
         **kwargs: Unpack[TransformersKwargs],
     ) -> MaskedLMOutput:
         """Inputs as in the encoder; `labels` [batch, length] with -100 where no token is to be predicted."""
-        encoded = self.encoder(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
+        encoded = self.encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         logits, targets = self.predict_tokens(encoded.last_hidden_state, labels)
         loss = mlm_loss = None
         if labels is not None:
@@ -297,7 +307,7 @@ class QuestionAnsweringHeads(EncoderHeads):
 
         A position outside the text is not scored: the answer lies outside this window.
         """
-        encoded = self.encoder(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
+        encoded = self.encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         start_logits, end_logits = self.qa_outputs(encoded.last_hidden_state).unbind(dim=-1)
         loss = None
         if require({"start_positions": start_positions, "end_positions": end_positions}, "question answering"):
@@ -333,19 +343,21 @@ class RetrievalHeads(EncoderHeads):
             context_input_ids, context_attention_mask: [batch, context length]; context i belongs to query i, the other
                 contexts of the batch are its negatives. The mask defaults to no padding.
         """
-        encoded = self.encoder(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
+        if context_input_ids is None and context_attention_mask is not None:
+            raise ValueError("the retrieval loss needs context_input_ids beside context_attention_mask")
+        encoded = self.encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         embeddings = self.pooler(encoded.last_hidden_state, attention_mask)
-        output = RetrievalOutput(embeddings=embeddings, **layer_outputs(encoded))
         if context_input_ids is None:
-            if context_attention_mask is not None:
-                raise ValueError("the retrieval loss needs context_input_ids beside context_attention_mask")
-            return output
-        encoded_context = self.encoder(context_input_ids, context_attention_mask, **kwargs)
-        output.context_embeddings = self.pooler(encoded_context.last_hidden_state, context_attention_mask)
-        output.aux_loss = mean_aux_loss(encoded, encoded_context)
-        retrieval_loss = in_batch_retrieval_loss(embeddings, output.context_embeddings)
-        output.loss = sum_losses(retrieval_loss, output.aux_loss)
-        return output
+            return RetrievalOutput(embeddings=embeddings, **layer_outputs(encoded))
+        encoded_context = self.encode(context_input_ids, context_attention_mask, **kwargs)
+        context_embeddings = self.pooler(encoded_context.last_hidden_state, context_attention_mask)
+        aux_loss = mean_aux_loss(encoded, encoded_context)
+        return RetrievalOutput(
+            loss=sum_losses(in_batch_retrieval_loss(embeddings, context_embeddings), aux_loss),
+            embeddings=embeddings,
+            context_embeddings=context_embeddings,
+            **{**layer_outputs(encoded), "aux_loss": aux_loss},
+        )
 
 
 class PreTrainingHeads(MaskedLMHeadAccess, EncoderHeads):
@@ -405,29 +417,38 @@ class PreTrainingHeads(MaskedLMHeadAccess, EncoderHeads):
         if context_attention_mask is not None and not has_loss:
             raise ValueError("context_attention_mask is given without context_input_ids")
 
-        encoded = self.encoder(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
+        encoded = self.encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         logits, targets = self.predict_tokens(encoded.last_hidden_state, labels)
-        output = PreTrainingOutput(prediction_logits=logits, **layer_outputs(encoded))
+        aux_loss = encoded.aux_loss
+        sop_logits = embeddings = context_embeddings = mlm_loss = sop_loss = ict_loss = None
         if self.config.pretraining_objective == "sop":
-            output.sop_logits = self.sop_head(encoded.last_hidden_state)
+            sop_logits = self.sop_head(encoded.last_hidden_state)
             if has_loss:
-                output.sop_loss = classification_loss(output.sop_logits, sentence_order_label)
+                sop_loss = classification_loss(sop_logits, sentence_order_label)
         else:
-            output.embeddings = self.pooler(encoded.last_hidden_state, attention_mask)
+            embeddings = self.pooler(encoded.last_hidden_state, attention_mask)
             if has_loss:
-                encoded_context = self.encoder(context_input_ids, context_attention_mask, **kwargs)
-                output.context_embeddings = self.pooler(encoded_context.last_hidden_state, context_attention_mask)
-                output.ict_loss = in_batch_retrieval_loss(output.embeddings, output.context_embeddings)
-                output.aux_loss = mean_aux_loss(encoded, encoded_context)
+                encoded_context = self.encode(context_input_ids, context_attention_mask, **kwargs)
+                context_embeddings = self.pooler(encoded_context.last_hidden_state, context_attention_mask)
+                ict_loss = in_batch_retrieval_loss(embeddings, context_embeddings)
+                aux_loss = mean_aux_loss(encoded, encoded_context)
                 context_logits, context_targets = self.predict_tokens(
                     encoded_context.last_hidden_state, context_labels
                 )
-                output.prediction_logits = torch.cat([logits, context_logits])
-                targets = torch.cat([targets, context_targets])
+                logits, targets = torch.cat([logits, context_logits]), torch.cat([targets, context_targets])
         if has_loss:
-            output.mlm_loss = masked_lm_loss(output.prediction_logits, targets)
-            output.loss = sum_losses(output.mlm_loss, output.sop_loss, output.ict_loss, output.aux_loss)
-        return output
+            mlm_loss = masked_lm_loss(logits, targets)
+        return PreTrainingOutput(
+            loss=sum_losses(mlm_loss, sop_loss, ict_loss, aux_loss) if has_loss else None,
+            mlm_loss=mlm_loss,
+            sop_loss=sop_loss,
+            ict_loss=ict_loss,
+            prediction_logits=logits,
+            sop_logits=sop_logits,
+            embeddings=embeddings,
+            context_embeddings=context_embeddings,
+            **{**layer_outputs(encoded), "aux_loss": aux_loss},
+        )
 
 
 def position_loss(logits: Tensor, positions: Tensor, attention_mask: Tensor | None) -> Tensor:

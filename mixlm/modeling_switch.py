@@ -20,7 +20,14 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration import MixLMSwitchConfig
-from .heads import EncoderOutput, MaskedLMHeads, PreTrainingHeads, QuestionAnsweringHeads, RetrievalHeads
+from .heads import (
+    EncoderOutput,
+    MaskedLMHeads,
+    PreTrainingHeads,
+    QuestionAnsweringHeads,
+    RetrievalHeads,
+    at_least_float32,
+)
 from .modeling_mixlm import Embeddings, EncoderLayer, EncoderStack, MixLMPreTrainedModel, ResidualAttention
 
 
@@ -98,8 +105,10 @@ class SwitchFeedForward(nn.Module):
         Padding is never routed. While training, tokens over their expert's capacity are not routed either; both get
         zeros here, so that the residual alone carries them on.
         """
-        router_logits = self.router(hidden)
-        probabilities = router_logits.float().softmax(dim=-1)
+        # Selective precision (2.4 of the paper): which expert is first must not depend on rounding to 16 bits.
+        with torch.autocast(hidden.device.type, enabled=False):
+            router_logits = F.linear(*map(at_least_float32, (hidden, self.router.weight, self.router.bias)))
+        probabilities = router_logits.softmax(dim=-1)
         probability, expert = probabilities.max(dim=-1)
         routed = torch.ones_like(expert, dtype=torch.bool) if token_mask is None else token_mask[..., 0].bool()
         if self.training:
@@ -120,7 +129,7 @@ def within_capacity(expert: Tensor, real: Tensor, n_experts: int, capacity_facto
     taken = F.one_hot(expert, n_experts) * real[..., None]  # [B, L, E]
     place_in_queue = (taken.cumsum(dim=1) * taken).sum(dim=-1)  # 1, 2, ... for real tokens
     # 1.2 x 25 / 5 is 6, but 6.0000002 in floating point: a rounding error must not admit one more token.
-    capacity = (real.sum(dim=1, keepdim=True).double() * (capacity_factor * (1 - 1e-9)) / n_experts).ceil()
+    capacity = (real.sum(dim=1, keepdim=True).float() * (capacity_factor * (1 - 1e-6)) / n_experts).ceil()
     return real & (place_in_queue <= capacity)
 
 
@@ -133,9 +142,9 @@ def router_loss(router_logits: Tensor, real: Tensor, balance_coef: float, z_coef
 
     `router_logits` is [B, L, E], `real` the mask of real tokens [B, L].
     """
-    logits, weight = router_logits.float(), real.to(torch.float32)
+    logits, weight = router_logits, real.to(router_logits.dtype)
     weight = weight / weight.sum(dim=1, keepdim=True).clamp(min=1)  # [B, L], sums to 1 in each sequence
-    chosen = F.one_hot(logits.argmax(dim=-1), logits.shape[-1]).float()
+    chosen = F.one_hot(logits.argmax(dim=-1), logits.shape[-1]).to(logits.dtype)
     share = torch.einsum("bl,ble->be", weight, chosen)
     probability = torch.einsum("bl,ble->be", weight, logits.softmax(dim=-1))
     balance = logits.shape[-1] * (share * probability).sum(dim=-1)

@@ -3,14 +3,15 @@
 import ast
 import json
 import re
+from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY
 
 from mixlm import MixLMConfig, MixLMForPreTraining, MixLMSwitchConfig, MixLMSwitchForPreTraining, preset_names
 from mixlm.configuration import PRESET_FOLDER
 from mixlm.training.arguments import PretrainingArguments, parse_arguments
 
+REPOSITORY = Path(__file__).parent.parent
 ENGLISH, KOREAN = ((REPOSITORY / name).read_text("utf-8") for name in ("README.md", "README.ko.md"))
 
 

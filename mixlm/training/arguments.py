@@ -42,7 +42,10 @@ class TrainingArguments:
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Forward passes in one optimizer step."})
     tokens_per_step: int | None = field(
         default=None,
-        metadata={"help": "Cut steps by this many tokens (padding included) instead of by rows. None = by rows."},
+        metadata={
+            "help": "Cut steps by this many tokens, padding included and over all processes, not by rows. "
+            "None = by rows."
+        },
     )
     num_workers: int = field(default=1, metadata={"help": "Processes that prepare batches. 0 = the training process."})
 
@@ -91,6 +94,11 @@ class TrainingArguments:
         self.require(0 <= self.seed < 2**32, "seed", "from 0 to 4294967295")
         self.require(
             self.scheduler_num_steps >= self.num_steps, "scheduler_num_steps", f"at least num_steps={self.num_steps}"
+        )
+        self.require(
+            self.warmup_steps < self.scheduler_num_steps,
+            "warmup_steps",
+            f"below the {self.scheduler_num_steps} steps of the schedule",
         )
         self.require(not (self.fp16 and self.bf16), "fp16", "off when bf16 is on")
         named_well = self.model_name not in ("", ".", "..") and not set(self.model_name) & set("/\\")
@@ -184,6 +192,8 @@ def parse_arguments(arguments_class: type[Arguments], argv: list[str] | None = N
     argv = sys.argv[1:] if argv is None else argv
     if len(argv) == 1 and argv[0].endswith(".json"):
         return _from_json(arguments_class, Path(argv[0]))
+    if argv and argv[0].endswith(".json"):
+        raise UserError(f"{argv[0]}: a file of arguments stands alone; write {argv[1]} into it")
     parser = _Parser(arguments_class, allow_abbrev=False)
     # Looked at before parsing: argparse would first complain that the misspelled argument is missing.
     flags = [argument.partition("=")[0] for argument in argv if argument.startswith("--")]

@@ -89,7 +89,7 @@ def load_checkpoint(
 
 def _check_fit(folder: Path, weights: dict[str, Tensor], model: nn.Module) -> None:
     """Raise UserError unless `weights` are those of a model like `model`."""
-    own = {name: tensor for name, tensor in model.state_dict().items() if name not in (model._tied_weights_keys or {})}
+    own = {name: tensor for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys}
     missing, unexpected = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
     if missing or unexpected:
         raise UserError(f"{folder}: holds another model: missing {missing[:3]}, not expected {unexpected[:3]}")
@@ -109,8 +109,10 @@ def read_state(folder: Path) -> dict[str, Any]:
     try:
         contents = json.loads((folder / STATE_FILE).read_text("utf-8"))
         Position.from_dict(contents["position"])
-        if not (isinstance(contents["files"], dict) and isinstance(contents["step"], int)):
-            raise ValueError("files or step are of another type")
+        types = {"files": dict, "step": int, "arguments": dict, "scaler": (dict, type(None))}
+        for name, expected in types.items():
+            if not isinstance(contents[name], expected):
+                raise ValueError(f"{name} is of another type")
         return contents
     except FileNotFoundError as error:
         raise UserError(
@@ -124,7 +126,9 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 def checkpoints_in(folder: Path) -> list[Path]:
     """The whole checkpoints of a run's `checkpoints` folder, oldest first."""
-    found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    found = [
+        path.parent for path in folder.glob(f"step-*/{STATE_FILE}") if re.fullmatch(r"step-\d+", path.parent.name)
+    ]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
@@ -136,6 +140,7 @@ def prune(folder: Path, keep: int, written: Path) -> None:
     found = checkpoints_in(folder)
     number = found.index(written) + 1
     for path in [*found[:number][:-keep], *found[number:]]:
+        (path / STATE_FILE).unlink()  # first: what is half deleted is no checkpoint
         shutil.rmtree(path)
 
 
@@ -145,7 +150,7 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     for name, parameter in model.named_parameters():
         for key in (*MOMENTS, "step"):
             if parameter in optimizer.state:
-                tensors[f"{key}/{name}"] = optimizer.state[parameter][key].detach().clone()
+                tensors[f"{key}/{name}"] = optimizer.state[parameter][key].detach().cpu()
     return tensors
 
 
@@ -153,9 +158,8 @@ def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, t
     """The reverse of `optimizer_tensors`."""
     for name, parameter in model.named_parameters():
         if f"step/{name}" in tensors:
-            state = {moment: tensors[f"{moment}/{name}"].to(parameter.device) for moment in MOMENTS}
-            step = tensors[f"step/{name}"].to(parameter.device if parameter.is_cuda else "cpu")
-            optimizer.state[parameter] = {**state, "step": step}
+            keys = (*MOMENTS, "step")
+            optimizer.state[parameter] = {key: tensors[f"{key}/{name}"].to(parameter.device) for key in keys}
 
 
 def _hash(path: Path) -> str:

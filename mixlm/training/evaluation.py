@@ -52,9 +52,8 @@ def evaluate_pretraining(
         labels = [batch[name][batch[name] != IGNORE] for name in ("labels", "context_labels") if name in batch]
         targets = torch.cat(labels)
         correct = (outputs.prediction_logits.argmax(dim=-1) == targets).sum()
-        sums[:4] += torch.stack(
-            [outputs.mlm_loss * len(targets), -unigram[targets].sum(), correct, torch.tensor(len(targets))]
-        ).cpu()
+        sums[:3] += torch.stack([outputs.mlm_loss * len(targets), -unigram[targets].sum(), correct]).cpu()
+        sums[3] += len(targets)
         examples += len(batch["input_ids"])
         if outputs.sop_logits is not None:
             order = batch["sentence_order_label"]

@@ -25,7 +25,8 @@ def start_missing_processes() -> None:
     several_were_meant = on_cpu and "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ
     if not several_were_meant or any(name in os.environ for name in RANK_VARIABLES):
         return
-    launcher = psutil.Process().parent().cmdline()
+    parent = psutil.Process().parent()
+    launcher = [] if parent is None else parent.cmdline()
     processes = option_value(launcher, "num_processes")
     if processes is None or option_value(launcher, "num_machines") not in (None, "1"):
         raise UserError(

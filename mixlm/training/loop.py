@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import ProjectConfiguration, broadcast_object_list
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
@@ -20,56 +20,72 @@ from ..data.batching import Position
 from ..errors import UserError
 from ..files import whole_folder
 from .arguments import TrainingArguments
-from .checkpoint import TrainingState, checkpoints_in, load_checkpoint, prune, save_checkpoint
+from .checkpoint import TrainingState, checkpoints_in, load_checkpoint, prune, read_state, save_checkpoint
 from .launch import start_missing_processes
-from .objectives import Batch, SentenceOrderObjective
+from .objectives import Batch, PretrainingObjective
 from .optimization import build_optimizer, learning_rate_factor
 from .tracking import Progress
 
-START = Position(epoch=0, window=0, batch=0, step_in_epoch=0)
+# What a finished run has put into its folder, and what a new one in its place removes. The configuration comes last:
+# without it the folder is no model.
+FINAL_FOLDER, CONFIGURATION_FILE, RESULTS_FILE = "final", "config.json", "eval_results.json"
+REMOVED_BY_A_NEW_RUN = (
+    "checkpoints",
+    "tensorboard",
+    CONFIGURATION_FILE,
+    RESULTS_FILE,
+    "model.safetensors",
+    "curves.png",
+)
 
 
 def prepare_run(arguments: TrainingArguments) -> Accelerator:
     """Make the run's folder, seed the process, and start accelerate with TensorBoard in the folder.
 
     Raises:
-        UserError: the folder cannot be written or belongs to an earlier run; fp16 without a CUDA device; the processes
-            of the launcher do not find each other.
+        UserError: the folder cannot be written or belongs to an earlier run; there is no such checkpoint; fp16 without
+            a CUDA device.
     """
-    precision = "fp16" if arguments.fp16 else "bf16" if arguments.bf16 else "no"
-    if arguments.fp16 and not torch.cuda.is_available():
-        # accelerate would go on in fp32 without a word.
-        raise UserError("--fp16: there is no CUDA device here; leave it out for fp32, or use --bf16")
+    find_checkpoint(arguments)
     start_missing_processes()
     disable_progress_bar()  # of saving and loading weights: they would break the one of the training
     folder = arguments.run_folder
     accelerator = Accelerator(
         # Without this, ranks on CPUs would not find each other, and each would train alone.
-        cpu=not torch.accelerator.is_available(),
-        mixed_precision=precision,
+        cpu=not torch.cuda.is_available(),
+        mixed_precision="fp16" if arguments.fp16 else "bf16" if arguments.bf16 else None,
         log_with="tensorboard",
         project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder)),
     )
-    launched = int(os.environ.get("WORLD_SIZE", 1))
-    if accelerator.num_processes != launched:
-        raise UserError(
-            f"{launched} processes were launched and {accelerator.num_processes} found each other; "
-            "on CPUs set ACCELERATE_USE_CPU=true"
-        )
-    if accelerator.is_main_process:
-        _claim(folder, arguments)
-    accelerator.wait_for_everyone()
+    if (arguments.fp16 or accelerator.mixed_precision == "fp16") and not torch.cuda.is_available():
+        # accelerate would go on in fp32 without a word.
+        raise UserError("--fp16: there is no CUDA device here; leave it out for fp32, or use --bf16")
+    on_main_process(accelerator, lambda: _claim(folder, arguments))
     torch.manual_seed(arguments.seed)
     return accelerator
 
 
+def on_main_process(accelerator: Accelerator, action: Callable[[], None]) -> None:
+    """Let the main process do something while the others wait; its UserError is raised on all of them."""
+    message: list[str | None] = [None]
+    if accelerator.is_main_process:
+        try:
+            action()
+        except UserError as error:
+            message = [str(error)]
+    broadcast_object_list(message)
+    if message[0] is not None:
+        raise UserError(message[0])
+
+
 def _claim(folder: Path, arguments: TrainingArguments) -> None:
-    if folder.is_dir() and any(folder.iterdir()) and arguments.checkpoint is None:
-        if not arguments.overwrite_output_dir:
-            raise UserError(
-                f"{folder}: an earlier run is there; go on with --checkpoint latest, choose another --model_name, "
-                "or give --overwrite_output_dir"
-            )
+    checkpoint = find_checkpoint(arguments)
+    goes_on = checkpoint is not None and folder.resolve() in checkpoint.resolve().parents
+    if folder.is_dir() and any(folder.iterdir()) and not (goes_on or arguments.overwrite_output_dir):
+        raise UserError(
+            f"{folder}: an earlier run is there; go on with --checkpoint latest, choose another --model_name, "
+            "or give --overwrite_output_dir"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"
@@ -83,7 +99,7 @@ def find_checkpoint(arguments: TrainingArguments) -> Path | None:
     """The checkpoint folder that `--checkpoint` names, or None to start anew.
 
     Raises:
-        UserError: 'latest' and there is none, or the folder does not exist.
+        UserError: 'latest' and there is none, the folder does not exist, or it is no checkpoint.
     """
     if arguments.checkpoint is None:
         return None
@@ -94,25 +110,26 @@ def find_checkpoint(arguments: TrainingArguments) -> Path | None:
         return found[-1]
     if not Path(arguments.checkpoint).is_dir():
         raise UserError(f"--checkpoint {arguments.checkpoint}: no such folder; 'latest' takes the run's newest")
+    read_state(Path(arguments.checkpoint))
     return Path(arguments.checkpoint)
 
 
-def changed_arguments(earlier: dict[str, Any], arguments: TrainingArguments) -> dict[str, tuple[Any, Any]]:
-    """The arguments that differ from those a checkpoint was written with: name -> (before, now).
+def changed_arguments(earlier: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What differs from the arguments a checkpoint was written with: name -> (before, now).
 
-    A run may go on with another learning rate or batch size, but its user should see it.
+    A run may go on with another learning rate, batch size or number of processes, but its user should see it.
     """
     about_the_run_alone = ("model_name", "output_dir", "checkpoint", "overwrite_output_dir")
     return {
         name: (earlier.get(name), value)
-        for name, value in arguments.to_dict().items()
+        for name, value in now.items()
         if name not in about_the_run_alone and earlier.get(name) != value
     }
 
 
 def train(
     model: nn.Module,
-    objective_class: type[SentenceOrderObjective],
+    objective_class: type[PretrainingObjective],
     batches: Callable[[Position], Iterator[tuple[Position, list[Batch]]]],
     arguments: TrainingArguments,
     accelerator: Accelerator,
@@ -137,24 +154,27 @@ def train(
             does not fit.
     """
     optimizer = build_optimizer(model, arguments.learning_rate, arguments.weight_decay, arguments.adam_epsilon)
-    state = TrainingState(0, START)
+    state = TrainingState(0, Position())
+    resolved = {**arguments.to_dict(), "processes": accelerator.num_processes}
     checkpoint = find_checkpoint(arguments)
     model.to(accelerator.device)
     if checkpoint is not None:
         state, earlier_arguments = load_checkpoint(checkpoint, model, optimizer)
         accelerator.print(f"going on from {checkpoint} (step {state.step:,})")
-        for name, (before, now) in changed_arguments(earlier_arguments, arguments).items():
+        for name, (before, now) in changed_arguments(earlier_arguments, resolved).items():
             accelerator.print(f"  changed since then: {name} {before} -> {now}")
-        if state.step >= arguments.num_steps:
-            raise UserError(f"{checkpoint}: is at step {state.step}; give --num_steps above that to go on")
+        if state.step > arguments.num_steps:
+            raise UserError(f"{checkpoint}: is at step {state.step}; give --num_steps of that or more to go on")
     elif accelerator.is_main_process:  # only now, when nothing can be wrong with the new run
-        for name in ("checkpoints", "tensorboard"):
-            shutil.rmtree(arguments.run_folder / name, ignore_errors=True)
+        for name in REMOVED_BY_A_NEW_RUN:
+            path = arguments.run_folder / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     bare_model = model
     model, optimizer = accelerator.prepare(model, optimizer)
     if accelerator.scaler is not None and state.scaler is not None:
         accelerator.scaler.load_state_dict(state.scaler)
-    accelerator.init_trackers("tensorboard")
+    # What an interrupted run has logged after its checkpoint is logged again.
+    accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": state.step + 1}})
     objective = objective_class(accelerator, model)
     checkpoints = arguments.run_folder / "checkpoints"
 
@@ -166,25 +186,22 @@ def train(
         return metrics
 
     def save() -> None:
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            state.scaler = None if accelerator.scaler is None else accelerator.scaler.state_dict()
-            target = checkpoints / f"step-{state.step:08d}"
-            try:
-                save_checkpoint(target, bare_model, optimizer.optimizer, state, arguments.to_dict())
-            except OSError as error:
-                raise UserError(
-                    f"{target}: cannot be written: {error.strerror or error}; earlier checkpoints are kept; "
-                    "make room and go on with --checkpoint latest"
-                ) from error
-            prune(checkpoints, arguments.keep_checkpoints, target)
-        accelerator.wait_for_everyone()
+        state.scaler = None if accelerator.scaler is None else accelerator.scaler.state_dict()
+        target = checkpoints / f"step-{state.step:08d}"
+        try:
+            save_checkpoint(target, bare_model, optimizer.optimizer, state, resolved)
+        except OSError as error:
+            raise UserError(
+                f"{target}: cannot be written: {error.strerror or error}; earlier checkpoints are kept; "
+                "make room and go on with --checkpoint latest"
+            ) from error
+        prune(checkpoints, arguments.keep_checkpoints, target)
 
-    metrics: dict[str, float] = {}
     model.train()
     # Closed even after an error, so that its message gets a line of its own.
     with closing(Progress(accelerator, arguments.num_steps, state.step)) as progress:
-        for position, micro_batches in batches(state.position):
+        steps = batches(state.position) if state.step < arguments.num_steps else ()
+        for position, micro_batches in steps:
             learning_rate = arguments.learning_rate * learning_rate_factor(
                 state.step, arguments.warmup_steps, arguments.scheduler_num_steps
             )
@@ -201,14 +218,14 @@ def train(
             if state.step % arguments.logging_steps == 0 or is_last:
                 progress.log(state.step, learning_rate, gradient_norm)
             if is_last or (arguments.save_steps and state.step % arguments.save_steps == 0):
-                save()
-                progress.pause()
-            if is_last or (arguments.eval_steps and state.step % arguments.eval_steps == 0):
-                metrics = evaluate_and_log()
+                on_main_process(accelerator, save)
                 progress.pause()
             if is_last:
                 break
-    return metrics
+            if arguments.eval_steps and state.step % arguments.eval_steps == 0:
+                evaluate_and_log()
+                progress.pause()
+    return evaluate_and_log()
 
 
 def _seed_dropout(seed: int, step: int, rank: int) -> None:
@@ -219,7 +236,7 @@ def _seed_dropout(seed: int, step: int, rank: int) -> None:
 def _optimizer_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    objective: SentenceOrderObjective,
+    objective: PretrainingObjective,
     micro_batches: list[Batch],
     arguments: TrainingArguments,
     accelerator: Accelerator,
@@ -240,17 +257,23 @@ def _optimizer_step(
             loss, terms = objective.loss(batch, number, step)
             # DistributedDataParallel averages over ranks; shares of a sum are to be added.
             accelerator.backward(loss * accelerator.num_processes)
+        _require_number(float(loss.detach()), state, arguments)
         progress.add(terms, tokens[number])
     largest = arguments.max_grad_norm or math.inf
     gradient_norm = float(accelerator.clip_grad_norm_(model.parameters(), largest))
-    if accelerator.scaler is None and not math.isfinite(gradient_norm):
+    if accelerator.scaler is None:  # with a scaler, an overflow of the gradient only skips the step
+        _require_number(gradient_norm, state, arguments)
+    optimizer.step()
+    optimizer.zero_grad()
+    return gradient_norm
+
+
+def _require_number(value: float, state: TrainingState, arguments: TrainingArguments) -> None:
+    if not math.isfinite(value):
         raise UserError(
             f"step {state.step + 1}: the loss or its gradient is not a number; the last good checkpoint is kept in "
             f"{arguments.run_folder / 'checkpoints'}; go on with a lower --learning_rate or more --warmup_steps"
         )
-    optimizer.step()
-    optimizer.zero_grad()
-    return gradient_norm
 
 
 def _real_tokens(batch: Batch) -> int:
@@ -266,17 +289,25 @@ def finish_run(
 ) -> None:
     """Put model, tokenizer and eval_results.json into the run's folder, and end the process group."""
     folder = arguments.run_folder
-    if accelerator.is_main_process:
-        with whole_folder(folder / "final") as partial:
-            model.save_pretrained(partial)
-            tokenizer.save_pretrained(partial)
-            results = {f"eval/{name}": value for name, value in metrics.items()}
-            (partial / "eval_results.json").write_text(json.dumps(results, indent=2) + "\n", "utf-8")
-        for path in (folder / "final").iterdir():
-            os.replace(path, folder / path.name)
-        (folder / "final").rmdir()
+
+    def write() -> None:
+        try:
+            with whole_folder(folder / FINAL_FOLDER) as partial:
+                model.save_pretrained(partial)
+                tokenizer.save_pretrained(partial)
+                results = {f"eval/{name}": value for name, value in metrics.items()}
+                (partial / RESULTS_FILE).write_text(json.dumps(results, indent=2) + "\n", "utf-8")
+            written = list((folder / FINAL_FOLDER).iterdir())
+            for path in sorted(written, key=lambda path: path.name == CONFIGURATION_FILE):
+                os.replace(path, folder / path.name)
+            (folder / FINAL_FOLDER).rmdir()
+        except OSError as error:
+            raise UserError(
+                f"{folder}: cannot be written: {error.strerror or error}; make room, then --checkpoint latest"
+            ) from error
         for name, value in metrics.items():
             print(f"  {name:>16}  {value:,.4f}")
         print(f"model, tokenizer and results are in {folder}; draw its curves with: mixlm report {folder}")
-    accelerator.wait_for_everyone()
+
+    on_main_process(accelerator, write)
     accelerator.end_training()

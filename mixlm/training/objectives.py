@@ -30,11 +30,13 @@ class Step:
     """What the micro-batches of one optimizer step need to know of each other.
 
     Args:
-        totals: weight of each loss over all micro-batches and ranks.
-        retrieval: ICT with several micro-batches: for each the loss and the gradients of its embeddings, and the
-            state of the random generator with which they were computed.
+        weights: of each micro-batch of this rank, the weight of each loss.
+        totals: the weight of each loss over all micro-batches and ranks.
+        retrieval: ICT with several micro-batches: for each the loss and the gradients of its embeddings.
+        random_states: the state of the random generators with which those were computed.
     """
 
+    weights: list[dict[str, int]]
     totals: dict[str, float]
     retrieval: list["RetrievalGradients"] = field(default_factory=list)
     random_states: list[list[Tensor]] = field(default_factory=list)
@@ -48,8 +50,8 @@ class RetrievalGradients(NamedTuple):
     contexts: Tensor
 
 
-class SentenceOrderObjective:
-    """MLM and sentence order.
+class PretrainingObjective:
+    """MLM and a second loss. A subclass says what its losses weigh and how the second one is computed.
 
     Args:
         accelerator: the process group and precision.
@@ -62,19 +64,7 @@ class SentenceOrderObjective:
 
     def weights(self, batch: Batch) -> dict[str, int]:
         """What each loss of a micro-batch weighs: MLM masked tokens, the others rows."""
-        return {
-            "mlm": int((batch["labels"] != IGNORE).sum()),
-            "sop": int((batch["sentence_order_label"] != IGNORE).sum()),
-            "aux": len(batch["input_ids"]),
-        }
-
-    def begin_step(self, micro_batches: list[Batch]) -> Step:
-        """Add the weights of this rank's micro-batches over all ranks."""
-        by_batch = [self.weights(batch) for batch in micro_batches]
-        names = list(by_batch[0])
-        own = torch.tensor([[weights[name] for name in names] for weights in by_batch], dtype=torch.float64)
-        total = self.accelerator.reduce(own.sum(dim=0).float().to(self.accelerator.device), "sum").tolist()
-        return Step(dict(zip(names, total, strict=True)))
+        raise NotImplementedError
 
     def loss(self, batch: Batch, number: int, step: Step) -> tuple[Tensor, dict[str, Term]]:
         """This micro-batch's share of the step's loss, to be backpropagated, and its terms for the curves.
@@ -83,25 +73,29 @@ class SentenceOrderObjective:
             batch: micro-batch `number` of this rank in this step.
             step: what `begin_step` returned.
         """
-        outputs = self.model(**batch, **self._routing_request())
-        weights = self.weights(batch)
-        terms = self._terms(outputs, weights)
-        share = self._share(terms, step)
-        return share, {**terms, **self._routing_terms(outputs, batch)}
+        raise NotImplementedError
 
-    def _terms(self, outputs, weights: dict[str, int]) -> dict[str, Term]:
-        losses = {"mlm": outputs.mlm_loss, "sop": outputs.sop_loss, "aux": outputs.aux_loss}
+    def begin_step(self, micro_batches: list[Batch]) -> Step:
+        """Add the weights of this rank's micro-batches over all ranks."""
+        by_batch = [self.weights(batch) for batch in micro_batches]
+        names = list(by_batch[0])
+        own = torch.tensor([sum(weights[name] for weights in by_batch) for name in names], dtype=torch.float32)
+        total = self.accelerator.reduce(own.to(self.accelerator.device), "sum").tolist()
+        return Step(by_batch, dict(zip(names, total, strict=True)))
+
+    def _forward(self, batch: Batch):
+        return self.model(**batch, **({} if self.capacity_factor is None else {"output_router_logits": True}))
+
+    @staticmethod
+    def _terms(losses: dict[str, Tensor | None], weights: dict[str, int]) -> dict[str, Term]:
         return {name: Term(loss * weights[name], weights[name]) for name, loss in losses.items() if loss is not None}
 
     @staticmethod
     def _share(terms: dict[str, Term], step: Step) -> Tensor:
         return torch.stack([term.sum / max(step.totals[name], 1) for name, term in terms.items()]).sum()
 
-    def _routing_request(self) -> dict[str, bool]:
-        return {} if self.capacity_factor is None else {"output_router_logits": True}
-
     def _routing_terms(self, outputs, batch: Batch) -> dict[str, Term]:
-        """Switch: the share of tokens that each expert was chosen for, and the share over capacity."""
+        """Switch: each expert's share of the tokens, and the share over capacity; for ICT those of the queries."""
         if self.capacity_factor is None:
             return {}
         logits = tuple(layer.detach() for layer in outputs.router_logits)
@@ -111,7 +105,26 @@ class SentenceOrderObjective:
         return {**shares, "dropped_share": Term(dropped, tokens)}
 
 
-class InverseClozeObjective(SentenceOrderObjective):
+class SentenceOrderObjective(PretrainingObjective):
+    """MLM and sentence order."""
+
+    def weights(self, batch: Batch) -> dict[str, int]:
+        """As in `PretrainingObjective.weights`; a row of one sentence has no order."""
+        return {
+            "mlm": int((batch["labels"] != IGNORE).sum()),
+            "sop": int((batch["sentence_order_label"] != IGNORE).sum()),
+            "aux": len(batch["input_ids"]),
+        }
+
+    def loss(self, batch: Batch, number: int, step: Step) -> tuple[Tensor, dict[str, Term]]:
+        """As in `PretrainingObjective.loss`."""
+        outputs = self._forward(batch)
+        losses = {"mlm": outputs.mlm_loss, "sop": outputs.sop_loss, "aux": outputs.aux_loss}
+        terms = self._terms(losses, step.weights[number])
+        return self._share(terms, step), {**terms, **self._routing_terms(outputs, batch)}
+
+
+class InverseClozeObjective(PretrainingObjective):
     """MLM and ICT, whose negatives are the global batch: all micro-batches of all ranks.
 
     With several micro-batches the embeddings are computed twice (gradient caching, arXiv:2101.06983): first without
@@ -120,7 +133,7 @@ class InverseClozeObjective(SentenceOrderObjective):
     """
 
     def weights(self, batch: Batch) -> dict[str, int]:
-        """What each loss of a micro-batch weighs: MLM masked tokens of query and context, the others rows."""
+        """As in `PretrainingObjective.weights`; the masked tokens are those of query and context."""
         masked = int((batch["labels"] != IGNORE).sum() + (batch["context_labels"] != IGNORE).sum())
         return {"mlm": masked, "ict": len(batch["input_ids"]), "aux": len(batch["input_ids"])}
 
@@ -144,23 +157,20 @@ class InverseClozeObjective(SentenceOrderObjective):
         return step
 
     def loss(self, batch: Batch, number: int, step: Step) -> tuple[Tensor, dict[str, Term]]:
-        """As in `SentenceOrderObjective.loss`."""
+        """As in `PretrainingObjective.loss`."""
         if step.random_states:
             _set_random_state(step.random_states[number], self.accelerator.device)
-        outputs = self.model(**batch, **self._routing_request())
+        outputs = self._forward(batch)
         if step.retrieval:
             gradients = step.retrieval[number]
         else:
             gradients = self._retrieval_gradients(outputs.embeddings.detach(), outputs.context_embeddings.detach())
-        weights = self.weights(batch)
-        terms = {"mlm": Term(outputs.mlm_loss * weights["mlm"], weights["mlm"])}
-        if outputs.aux_loss is not None:
-            terms["aux"] = Term(outputs.aux_loss * weights["aux"], weights["aux"])
+        weights = step.weights[number]
+        terms = self._terms({"mlm": outputs.mlm_loss, "aux": outputs.aux_loss}, weights)
         # The gradient of this inner product by the embeddings is the gradient of the global loss.
-        retrieval = (outputs.embeddings * gradients.queries).sum() + (
-            outputs.context_embeddings * gradients.contexts
-        ).sum()
-        share = self._share(terms, step) + retrieval
+        by_queries = (outputs.embeddings * gradients.queries).sum()
+        by_contexts = (outputs.context_embeddings * gradients.contexts).sum()
+        share = self._share(terms, step) + by_queries + by_contexts
         terms["ict"] = Term(gradients.loss * weights["ict"], weights["ict"])
         return share, {**terms, **self._routing_terms(outputs, batch)}
 

@@ -28,17 +28,17 @@ def read_curves(run_folder: Path) -> Curves:
     Raises:
         UserError: the folder holds no curves.
     """
-    events = sorted(run_folder.rglob("events.out.tfevents.*"), key=lambda path: path.stat().st_mtime)
-    curves: dict[str, dict[int, float]] = {}
-    for path in events:
-        accumulator = EventAccumulator(str(path), size_guidance={"scalars": 0})
+    curves: Curves = {}
+    # Read as folders: a resumed run writes where its curves go on, and what lies behind that is left out.
+    for folder in sorted({path.parent for path in run_folder.rglob("events.out.tfevents.*")}):
+        accumulator = EventAccumulator(str(folder), size_guidance={"scalars": 0})
         accumulator.Reload()
         for tag in accumulator.Tags()["scalars"]:
-            for event in accumulator.Scalars(tag):
-                curves.setdefault(tag, {})[event.step] = event.value
+            points = {event.step: event.value for event in accumulator.Scalars(tag)}
+            curves[tag] = sorted(points.items())
     if not curves:
         raise UserError(f"{run_folder}: no curves there; give a run's folder (output_dir/model_name)")
-    return {tag: sorted(values.items()) for tag, values in curves.items()}
+    return curves
 
 
 def last_values(curves: Curves) -> list[tuple[str, int, float]]:
@@ -71,6 +71,10 @@ def plot_curves(runs: dict[str, Curves], out: Path) -> None:
         for title, tags in panels
         if any(value for run in runs.values() for tag in tags for _, value in run.get(tag, []))
     ]
+    if not panels:
+        raise UserError(
+            f"{', '.join(runs)}: no curve of a training there, only {', '.join(next(iter(runs.values())))}"
+        )
     columns = 3
     rows = -(-len(panels) // columns)
     figure, axes = pyplot.subplots(rows, columns, figsize=(5 * columns, 3.4 * rows), squeeze=False)

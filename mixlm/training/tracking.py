@@ -52,9 +52,9 @@ class Progress:
         """One optimizer step is done."""
         self.bar.update()
 
-    def log(self, step: int, learning_rate: float, gradient_norm: float) -> dict[str, float]:
-        """Show and write the means since the last call, over all ranks. Returns them by TensorBoard tag."""
-        names = sorted(self.sums)
+    def log(self, step: int, learning_rate: float, gradient_norm: float) -> None:
+        """Show and write the means since the last call, over all ranks."""
+        names = list(self.sums)
         seconds = time.perf_counter() - self.started
         rows = [[self.sums[name], self.weights[name]] for name in names] + [[self.tokens, 0]]
         own = torch.tensor(rows, dtype=torch.float32, device=self.accelerator.device)
@@ -87,7 +87,6 @@ class Progress:
             }
         )
         self._start_window()
-        return {f"train/{name}": value for name, value in scalars.items()}
 
     def pause(self) -> None:
         """Leave evaluation and saving out of the speed of the next window."""

@@ -227,9 +227,14 @@ def test_leftovers_of_a_killed_process_are_no_checkpoints_and_no_hindrance(tmp_p
     load_checkpoint(folder, model := make_model(), new_optimizer(model))
 
 
+def empty_checkpoints(folder, steps):
+    for step in steps:
+        (folder / f"step-{step:d}").mkdir()
+        (folder / f"step-{step:d}" / "state.json").write_text("{}")
+
+
 def test_prune_keeps_the_newest_by_number(tmp_path):
-    for step in (9, 10, 100, 20):
-        (tmp_path / f"step-{step:d}").mkdir()
+    empty_checkpoints(tmp_path, (9, 10, 100, 20))
     (tmp_path / ".step-5.partial").mkdir()
     prune(tmp_path, 2, tmp_path / "step-100")
     assert [path.name for path in checkpoints_in(tmp_path)] == ["step-20", "step-100"]
@@ -238,10 +243,25 @@ def test_prune_keeps_the_newest_by_number(tmp_path):
 
 
 def test_prune_never_deletes_what_was_just_written_and_what_it_came_from(tmp_path):
-    for step in (10, 20, 25, 30, 40):
-        (tmp_path / f"step-{step:d}").mkdir()
+    empty_checkpoints(tmp_path, (10, 20, 25, 30, 40))
     prune(tmp_path, 2, tmp_path / "step-25")
     assert [path.name for path in checkpoints_in(tmp_path)] == ["step-20", "step-25"]
+
+
+def test_what_is_half_deleted_is_no_checkpoint(tmp_path, monkeypatch):
+    empty_checkpoints(tmp_path, (1, 2))
+    monkeypatch.setattr(shutil, "rmtree", lambda path: None)  # as if killed before it
+    prune(tmp_path, 1, tmp_path / "step-2")
+    assert (tmp_path / "step-1").is_dir()
+    assert [path.name for path in checkpoints_in(tmp_path)] == ["step-2"]
+
+
+def test_an_untied_decoder_resumes(tmp_path, make_model):
+    model = make_model(tie_word_embeddings=False)
+    folder = saved(tmp_path / "step-00000001", model, new_optimizer(model))
+    other = make_model(seed=9, tie_word_embeddings=False)
+    load_checkpoint(folder, other, new_optimizer(other))
+    assert torch.equal(other.mlm_head.decoder.weight, model.mlm_head.decoder.weight)
 
 
 def test_a_moved_checkpoint_is_still_one(tmp_path, trained, make_model):
