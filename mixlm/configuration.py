@@ -217,6 +217,12 @@ class MixLMConfig(_EncoderConfig):
                 f"kernel_size={self.kernel_size} must be odd and positive, so that a kernel is centred; "
                 f"use {_one_of(near)}"
             )
+        longest = 2 * self.max_position_embeddings - 1  # from the first token to the last, both ways
+        if self.kernel_size > longest:
+            raise ValueError(
+                f"kernel_size={self.kernel_size} reaches beyond max_position_embeddings="
+                f"{self.max_position_embeddings}; use at most {longest}"
+            )
         parts = self.n_experts * self.num_heads
         for field in ("hidden_size", "ff_dim"):
             width = getattr(self, field)

@@ -126,6 +126,10 @@ MIXLM_BAD_VALUES = [
     ({"kernel_size": 4}, ("kernel_size", "4", "odd", "3 or 5")),
     ({"kernel_size": 0}, ("kernel_size", "0", "odd", "use 1")),
     ({"kernel_size": -3}, ("kernel_size", "-3", "odd", "use 1")),
+    (
+        {"kernel_size": 17, "max_position_embeddings": 8},
+        ("kernel_size", "17", "max_position_embeddings=8", "at most 15"),
+    ),
     ({"kernel_size": 9.0}, ("kernel_size", "9.0", "int")),
     ({"hidden_size": 100}, ("hidden_size", "100", "n_experts x num_heads = 4 x 4", "96 or 112")),
     ({"ff_dim": 10}, ("ff_dim", "10", "n_experts x num_heads = 4 x 4", "use ff_dim=16")),
