@@ -23,7 +23,7 @@ demo: $(VENV)/installed  ## Pretrain a tiny MixLM on the bundled corpus and fill
 	$(BIN)/mixlm tokenizer train --corpus_path mixlm/sample --vocab_size 4000 --out $(DEMO)/tokenizer
 	$(BIN)/python run_pretraining.py examples/demo.json
 	$(BIN)/mixlm report $(DEMO)/tiny
-	$(BIN)/mixlm fill-mask --model $(DEMO)/tiny "한라산은 제주도 한가운데에 솟아 있는 [MASK]이다."
+	$(BIN)/mixlm fill-mask --model $(DEMO)/tiny "제주도는 우리나라에서 가장 [MASK] 섬으로, 한반도 남쪽 바다에 있다."
 
 test: $(VENV)/installed  ## Run every test that takes seconds
 	$(BIN)/python -m pytest -n 2

@@ -1,13 +1,14 @@
 """`mixlm <verb>`: everything that is not training.
 
 A verb is a function `add_..._parser(subparsers)` that ends with `set_defaults(run=function)`. The function imports
-what it needs when it runs, so that `mixlm --help` does not wait for torch.
+what it needs when it runs.
 """
 
 import argparse
 import difflib
 import math
 import sys
+import unicodedata
 from collections.abc import Iterator
 from itertools import takewhile
 from pathlib import Path
@@ -231,6 +232,7 @@ def fill_mask_verb(arguments: argparse.Namespace) -> None:
     """`mixlm fill-mask`."""
     if arguments.top < 1:
         raise UserError(f"--top {arguments.top}: must be 1 or more")
+    from safetensors import SafetensorError
     from transformers import AutoModelForMaskedLM, pipeline
     from transformers.utils.logging import disable_progress_bar
 
@@ -245,8 +247,13 @@ def fill_mask_verb(arguments: argparse.Namespace) -> None:
         raise UserError(f"no {tokenizer.mask_token} in {arguments.text!r}; put it where a word is to be found")
     try:
         model = AutoModelForMaskedLM.from_pretrained(arguments.model)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"--model {arguments.model}: cannot be loaded: {error}") from error
+    if arguments.top > model.config.vocab_size:
+        raise UserError(f"--top {arguments.top}: the vocabulary has {model.config.vocab_size:,} tokens")
+    length, longest = len(tokenizer(arguments.text).input_ids), model.config.max_position_embeddings
+    if length > longest:
+        raise UserError(f"the text has {length:,} tokens, the model takes {longest:,}; give a shorter one")
     answers = pipeline("fill-mask", model=model, tokenizer=tokenizer, top_k=arguments.top)(arguments.text)
     print(arguments.text)
     for number, of_mask in enumerate(answers if masks > 1 else [answers], start=1):
@@ -263,10 +270,12 @@ def report_runs_verb(arguments: argparse.Namespace) -> None:
     labels = names if len(set(names)) == len(names) else map(str, arguments.runs)
     runs = {label: read_curves(folder) for label, folder in zip(labels, arguments.runs, strict=True)}
     out = arguments.out or arguments.runs[0] / "curves.png"
+    if out.suffix.lower() != ".png":
+        raise UserError(f"--out {out}: name a file that ends in .png")
     plot_curves(runs, out)
     for name, curves in runs.items():
         print(name)
-        print(_table([(tag, f"{value:,.4f}", f"step {step:,}") for tag, step, value in last_values(curves)]))
+        print(_table([(tag, f"{value:,.4g}", f"step {step:,}") for tag, step, value in last_values(curves)]))
     print(f"curves: {out}")
 
 
@@ -298,7 +307,12 @@ def _check_new_tokenizer(arguments: argparse.Namespace) -> None:
 def _save_tokenizer(tokenizer: "PreTrainedTokenizerFast", arguments: argparse.Namespace) -> None:
     tokenizer.model_max_length = arguments.max_length
     with new_folder(arguments.out) as folder:
-        tokenizer.save_pretrained(folder)
+        try:
+            tokenizer.save_pretrained(folder)
+        except OSError:
+            raise
+        except Exception as error:  # the `tokenizers` library has no other class for a full disk
+            raise OSError(str(error)) from error
     print(f"{len(tokenizer):,} tokens saved in {arguments.out}")
     print(f'Load it with AutoTokenizer.from_pretrained("{arguments.out}").')
 
@@ -331,11 +345,19 @@ def _number(value: float, form: str) -> str:
 
 def _table(rows: list[tuple[str, str, str]]) -> str:
     """Rows of (name, value, remark), with the names aligned on the left and the values on the right."""
-    name_width = max(len(name) for name, _, _ in rows)
-    value_width = max(len(value) for _, value, _ in rows)
-    return "\n".join(
-        f"  {name:<{name_width}}  {value:>{value_width}}  {remark}".rstrip() for name, value, remark in rows
-    )
+    name_width = max(_columns(name) for name, _, _ in rows)
+    value_width = max(_columns(value) for _, value, _ in rows)
+    lines = []
+    for name, value, remark in rows:
+        name += " " * (name_width - _columns(name))
+        value = " " * (value_width - _columns(value)) + value
+        lines.append(f"  {name}  {value}  {remark}".rstrip())
+    return "\n".join(lines)
+
+
+def _columns(text: str) -> int:
+    """Columns of a terminal that `text` takes: a Hangul syllable takes two."""
+    return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
 
 
 if __name__ == "__main__":

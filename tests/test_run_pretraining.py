@@ -454,7 +454,7 @@ def test_two_ranks_give_the_result_of_one_process(run, arguments, tmp_path, laun
     assert read_curves(tmp_path / "outputs" / "two")["eval/examples"] == [(2, 11), (4, 11)]
     lines = [line for line in finished.stdout.splitlines() if line.strip()]
     assert len(lines) == len(set(lines)) and len(lines) == 8, finished.stdout
-    assert finished.stderr.count("training:   0%") == 1
+    assert finished.stderr.count("training   0%") == 1
 
 
 @pytest.mark.slow

@@ -129,19 +129,23 @@ def checkpoints_in(folder: Path) -> list[Path]:
     found = [
         path.parent for path in folder.glob(f"step-*/{STATE_FILE}") if re.fullmatch(r"step-\d+", path.parent.name)
     ]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted(found, key=step_of)
 
 
-def prune(folder: Path, keep: int, written: Path) -> None:
-    """Delete all but the newest `keep` checkpoints up to the one just written, and those after it.
+def step_of(checkpoint: Path) -> int:
+    """The step after which a checkpoint was written, by its name."""
+    return int(checkpoint.name.removeprefix("step-"))
 
-    The latter are of a run that went back to an earlier checkpoint: they do not lie before its next steps.
+
+def prune(folder: Path, kept: list[Path]) -> None:
+    """Delete all checkpoints but `kept`.
+
+    Also those with a later step: they are of a run that was left by going back to an earlier checkpoint.
     """
-    found = checkpoints_in(folder)
-    number = found.index(written) + 1
-    for path in [*found[:number][:-keep], *found[number:]]:
-        (path / STATE_FILE).unlink()  # first: what is half deleted is no checkpoint
-        shutil.rmtree(path)
+    for path in checkpoints_in(folder):
+        if path not in kept:
+            (path / STATE_FILE).unlink()  # first: what is half deleted is no checkpoint
+            shutil.rmtree(path)
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from ..data.batching import Position
 from ..errors import UserError
 from ..files import whole_folder
 from .arguments import TrainingArguments
-from .checkpoint import TrainingState, checkpoints_in, load_checkpoint, prune, read_state, save_checkpoint
+from .checkpoint import TrainingState, checkpoints_in, load_checkpoint, prune, read_state, save_checkpoint, step_of
 from .launch import start_missing_processes
 from .objectives import Batch, PretrainingObjective
 from .optimization import build_optimizer, learning_rate_factor
@@ -82,9 +82,9 @@ def _claim(folder: Path, arguments: TrainingArguments) -> None:
     checkpoint = find_checkpoint(arguments)
     goes_on = checkpoint is not None and folder.resolve() in checkpoint.resolve().parents
     if folder.is_dir() and any(folder.iterdir()) and not (goes_on or arguments.overwrite_output_dir):
+        go_on = "go on with --checkpoint latest, " if checkpoints_in(folder / "checkpoints") else ""
         raise UserError(
-            f"{folder}: an earlier run is there; go on with --checkpoint latest, choose another --model_name, "
-            "or give --overwrite_output_dir"
+            f"{folder}: an earlier run is there; {go_on}choose another --model_name, or give --overwrite_output_dir"
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -177,6 +177,8 @@ def train(
     accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": state.step + 1}})
     objective = objective_class(accelerator, model)
     checkpoints = arguments.run_folder / "checkpoints"
+    # The checkpoints that lead here. When a run goes back to an earlier one, those after it are not among them.
+    ancestors = [path for path in checkpoints_in(checkpoints) if step_of(path) <= state.step]
 
     def evaluate_and_log() -> dict[str, float]:
         model.eval()
@@ -192,10 +194,11 @@ def train(
             save_checkpoint(target, bare_model, optimizer.optimizer, state, resolved)
         except OSError as error:
             raise UserError(
-                f"{target}: cannot be written: {error.strerror or error}; earlier checkpoints are kept; "
-                "make room and go on with --checkpoint latest"
+                f"{target}: cannot be written: {error.strerror or error}; make room; {_how_to_go_on(arguments)}"
             ) from error
-        prune(checkpoints, arguments.keep_checkpoints, target)
+        if target not in ancestors:
+            ancestors.append(target)
+        prune(checkpoints, ancestors[-arguments.keep_checkpoints :])
 
     model.train()
     # Closed even after an error, so that its message gets a line of its own.
@@ -271,9 +274,16 @@ def _optimizer_step(
 def _require_number(value: float, state: TrainingState, arguments: TrainingArguments) -> None:
     if not math.isfinite(value):
         raise UserError(
-            f"step {state.step + 1}: the loss or its gradient is not a number; the last good checkpoint is kept in "
-            f"{arguments.run_folder / 'checkpoints'}; go on with a lower --learning_rate or more --warmup_steps"
+            f"step {state.step + 1}: the loss or its gradient is not a number; use a lower --learning_rate or more "
+            f"--warmup_steps; {_how_to_go_on(arguments)}"
         )
+
+
+def _how_to_go_on(arguments: TrainingArguments) -> str:
+    found = checkpoints_in(arguments.run_folder / "checkpoints")
+    if found:
+        return f"the last good checkpoint is {found[-1]}: go on with --checkpoint latest"
+    return "no checkpoint was written yet: start again with --overwrite_output_dir"
 
 
 def _real_tokens(batch: Batch) -> int:

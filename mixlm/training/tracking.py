@@ -30,6 +30,8 @@ class Progress:
             unit="step",
             disable=not accelerator.is_main_process,
             dynamic_ncols=True,
+            # No drawn bar: at 120 columns the numbers would be cut off.
+            bar_format="{desc} {percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
         )
         self._start_window()
 

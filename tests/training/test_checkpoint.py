@@ -233,25 +233,17 @@ def empty_checkpoints(folder, steps):
         (folder / f"step-{step:d}" / "state.json").write_text("{}")
 
 
-def test_prune_keeps_the_newest_by_number(tmp_path):
+def test_prune_keeps_what_it_is_told(tmp_path):
     empty_checkpoints(tmp_path, (9, 10, 100, 20))
     (tmp_path / ".step-5.partial").mkdir()
-    prune(tmp_path, 2, tmp_path / "step-100")
-    assert [path.name for path in checkpoints_in(tmp_path)] == ["step-20", "step-100"]
-    prune(tmp_path, 5, tmp_path / "step-100")
-    assert len(checkpoints_in(tmp_path)) == 2
-
-
-def test_prune_never_deletes_what_was_just_written_and_what_it_came_from(tmp_path):
-    empty_checkpoints(tmp_path, (10, 20, 25, 30, 40))
-    prune(tmp_path, 2, tmp_path / "step-25")
-    assert [path.name for path in checkpoints_in(tmp_path)] == ["step-20", "step-25"]
+    prune(tmp_path, [tmp_path / "step-10", tmp_path / "step-20"])
+    assert [path.name for path in checkpoints_in(tmp_path)] == ["step-10", "step-20"]
 
 
 def test_what_is_half_deleted_is_no_checkpoint(tmp_path, monkeypatch):
     empty_checkpoints(tmp_path, (1, 2))
     monkeypatch.setattr(shutil, "rmtree", lambda path: None)  # as if killed before it
-    prune(tmp_path, 1, tmp_path / "step-2")
+    prune(tmp_path, [tmp_path / "step-2"])
     assert (tmp_path / "step-1").is_dir()
     assert [path.name for path in checkpoints_in(tmp_path)] == ["step-2"]
 

@@ -358,3 +358,22 @@ def test_a_full_disk_is_an_error_that_keeps_earlier_checkpoints(make_arguments, 
     monkeypatch.undo()
     run_training(make_arguments(num_steps=4, save_steps=2, checkpoint="latest"))
     assert names(arguments.run_folder) == ["step-00000002", "step-00000004"]
+
+
+def test_going_back_keeps_the_ancestor_and_drops_the_abandoned_branch(make_arguments, run_training, checkpoint_folder):
+    arguments = make_arguments(num_steps=6, save_steps=2, keep_checkpoints=3)
+    run_training(arguments)
+    assert names(arguments.run_folder) == ["step-00000002", "step-00000004", "step-00000006"]
+    second = str(checkpoint_folder(arguments, 2))
+    run_training(make_arguments(num_steps=7, save_steps=0, keep_checkpoints=2, checkpoint=second))
+    assert names(arguments.run_folder) == ["step-00000002", "step-00000007"]
+
+
+def test_an_error_before_the_first_checkpoint_does_not_send_its_user_to_one(make_arguments, run_training):
+    class NotANumber(NotANumberAt):
+        step = 1
+
+    with pytest.raises(UserError, match="no checkpoint was written yet: start again with --overwrite_output_dir"):
+        run_training(make_arguments(), objective_class=NotANumber)
+    with pytest.raises(UserError, match="an earlier run is there; choose another --model_name"):
+        run_training(make_arguments())
