@@ -275,7 +275,7 @@ def report_runs_verb(arguments: argparse.Namespace) -> None:
     plot_curves(runs, out)
     for name, curves in runs.items():
         print(name)
-        print(_table([(tag, f"{value:,.4g}", f"step {step:,}") for tag, step, value in last_values(curves)]))
+        print(_table([(tag, _significant(value), f"step {step:,}") for tag, step, value in last_values(curves)]))
     print(f"curves: {out}")
 
 
@@ -337,6 +337,10 @@ def _answer_rows(report: "TokenizerReport") -> list[tuple[str, str, str]]:
         ("on token borders", f"{report.answers_on_token_borders:,}", ""),
         ("EM ceiling", _number(report.em_ceiling, ".2%"), "exact match that a perfect reader would reach"),
     ]
+
+
+def _significant(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def _number(value: float, form: str) -> str:

@@ -34,8 +34,8 @@ class TrainingArguments:
     overwrite_output_dir: bool = field(
         default=False,
         metadata={
-            "help": "Start anew although the run's folder is not empty: its checkpoints, curves, model and results are "
-            "deleted. Without effect beside checkpoint."
+            "help": "Start anew although the run's folder is not empty: its checkpoints, curves, model and "
+            "results are deleted. Without effect beside checkpoint."
         },
     )
     seed: int = field(default=42, metadata={"help": "Seed of initial weights, order of data, masking and dropout."})

@@ -19,6 +19,15 @@ PANELS = (
 )
 
 
+KOREAN_FONTS = (
+    "Noto Sans CJK KR",
+    "Noto Sans KR",
+    "NanumGothic",
+    "Malgun Gothic",
+    "Apple SD Gothic Neo",
+    "AppleGothic",
+)
+
 Curves = dict[str, list[tuple[int, float]]]  # tag -> (step, value), ascending
 
 
@@ -62,7 +71,11 @@ def plot_curves(runs: dict[str, Curves], out: Path) -> None:
         raise UserError("drawing needs matplotlib; install it with: pip install 'mixlm[plot]'") from error
 
     matplotlib.use("Agg")  # no screen
-    from matplotlib import pyplot
+    from matplotlib import font_manager, pyplot
+
+    installed = set(font_manager.get_font_names())
+    # A run may have a Korean name; what none of these has is drawn by the default font.
+    pyplot.rcParams["font.family"] = [*(font for font in KOREAN_FONTS if font in installed), "DejaVu Sans"]
 
     expert_tags = sorted({tag for run in runs.values() for tag in run if tag.startswith("train/expert_")})
     panels = [*PANELS, ("share of tokens per expert, and dropped", (*expert_tags, "train/dropped_share"))]
