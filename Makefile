@@ -13,7 +13,7 @@ help:  ## Show this help
 # constraints.txt pins the tested set; torch comes first and exactly, because a range would fetch a CUDA build.
 $(VENV)/installed: setup.py constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "installing into $(VENV) ..."
+	@echo "installing into $(VENV) (a minute or two) ..."
 	@$(BIN)/pip install --quiet $$(grep '^torch==' constraints.txt)
 	@$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[plot,dev]'
 	@touch $@

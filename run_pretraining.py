@@ -7,8 +7,6 @@ or `accelerate launch --num_processes 2 run_pretraining.py ...` (with `--cpu` on
 `python run_pretraining.py arguments.json`.
 """
 
-from functools import partial
-
 import numpy as np
 
 from mixlm import MixLMConfig, MixLMForPreTraining, MixLMSwitchConfig, MixLMSwitchForPreTraining
@@ -60,39 +58,30 @@ def build_model(arguments: PretrainingArguments, tokenizer):
 
 def build_examples(arguments: PretrainingArguments, tokenizer, corpus: TokenizedCorpus):
     """The training examples, and the held-out ones: masked at BERT's rate, ICT's query never in its block."""
-    examples_class = {"SOP": SentenceOrderExamples, "ICT": InverseClozeExamples}[arguments.task]
     blocks = corpus.blocks(arguments.max_seq_length - SentenceOrderExamples.special_tokens)
     is_held_out = corpus.held_out(arguments.eval_split)[blocks[:, 0]]
     word_start = word_start_table(tokenizer)
 
-    def build(blocks: np.ndarray, probability: float, seed: int, **options):
+    def build(blocks: np.ndarray, mlm_probability: float, remove_query_probability: float, seed: int):
         masker = TokenMasker(
             len(tokenizer),
             tokenizer.mask_token_id,
             tokenizer.all_special_ids,
             word_start,
-            probability,
+            mlm_probability,
             arguments.masking,
         )
         ids = (tokenizer.cls_token_id, tokenizer.sep_token_id)
-        return examples_class(corpus, blocks, masker, *ids, arguments.max_seq_length, seed, **options)
+        common = (corpus, blocks, masker, *ids, arguments.max_seq_length, seed)
+        if arguments.task == "SOP":
+            return SentenceOrderExamples(*common)
+        return InverseClozeExamples(*common, remove_query_probability)
 
-    ict = arguments.task == "ICT"
     training = build(
-        blocks[~is_held_out],
-        arguments.mlm_probability,
-        arguments.seed,
-        **({"remove_query_probability": arguments.remove_query_probability} if ict else {}),
+        blocks[~is_held_out], arguments.mlm_probability, arguments.remove_query_probability, arguments.seed
     )
-    held_out_blocks = np.asarray(blocks[is_held_out])
-    if ict:  # chosen among those that ICT can use
-        held_out_blocks = held_out_blocks[held_out_blocks[:, 2] - held_out_blocks[:, 1] > 1]
-    if len(held_out_blocks) > arguments.max_eval_examples:  # evenly over the held-out documents
-        chosen = np.linspace(0, len(held_out_blocks) - 1, arguments.max_eval_examples).round().astype(int)
-        held_out_blocks = held_out_blocks[chosen]
-    held_out = build(
-        held_out_blocks, EVALUATION_MASKING_PROBABILITY, 0, **({"remove_query_probability": 1.0} if ict else {})
-    )
+    held_out = build(blocks[is_held_out], EVALUATION_MASKING_PROBABILITY, remove_query_probability=1.0, seed=0)
+    held_out.limit(arguments.max_eval_examples)
     if not len(held_out):
         raise UserError(
             f"--eval_split={arguments.eval_split}: no held-out document has a block of two sentences, as ICT needs; "
@@ -140,21 +129,10 @@ def main():
         batches = evaluation_batches(held_out, arguments.train_batch_size, tokenizer.pad_token_id, rank, ranks)
         return evaluate_pretraining(model, batches, accelerator, unigram)
 
-    batches = partial(
-        training_batches,
-        training,
-        order,
-        pad_token_id=tokenizer.pad_token_id,
-        num_workers=arguments.num_workers,
-    )
-    metrics = train(
-        model,
-        OBJECTIVES[arguments.task],
-        lambda position: batches(position=position),
-        arguments,
-        accelerator,
-        evaluate,
-    )
+    def batches(position):
+        return training_batches(training, order, position, tokenizer.pad_token_id, arguments.num_workers)
+
+    metrics = train(model, OBJECTIVES[arguments.task], batches, arguments, accelerator, evaluate)
     finish_run(model, tokenizer, metrics, arguments, accelerator)
 
 

@@ -68,12 +68,11 @@ class _EncoderConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def validate_fields(self):
-        """Raise ValueError for a value that no field of its type may have, and for widths that cannot be cut."""
-        # One validator, because their order is alphabetical and widths are divided by sizes that must not be 0.
-        self._check_values()
-        self._check_widths()
+        """Raise ValueError for a value that no field of its type may have.
 
-    def _check_values(self) -> None:
+        A family extends this one validator rather than adding its own: transformers runs validators in alphabetical
+        order, and widths are divided by sizes that must not be 0.
+        """
         for field in (
             "vocab_size", "hidden_size", "num_hidden_layers", "num_heads", "n_experts", "ff_dim",
             "max_position_embeddings", "type_vocab_size", "layer_group",
@@ -93,9 +92,6 @@ class _EncoderConfig(PreTrainedConfig):
                 f"layer_group={self.layer_group} does not divide num_hidden_layers={self.num_hidden_layers}; "
                 f"use one of {', '.join(map(str, _divisors(self.num_hidden_layers)))}"
             )
-
-    def _check_widths(self) -> None:
-        raise NotImplementedError
 
     def _check_number(self, field: str, above_zero: bool, example: str) -> None:
         value = getattr(self, field)
@@ -210,7 +206,9 @@ class MixLMConfig(_EncoderConfig):
 
     kernel_size: int = 9
 
-    def _check_widths(self) -> None:
+    def validate_fields(self):
+        """Also raise ValueError for kernels that are not centred, and widths that slices and groups do not divide."""
+        super().validate_fields()
         if self.kernel_size < 1 or self.kernel_size % 2 == 0:
             near = (self.kernel_size - 1, self.kernel_size + 1)
             raise ValueError(
@@ -261,7 +259,9 @@ class MixLMSwitchConfig(_EncoderConfig):
     router_z_loss_coef: float | int = 0.001
     output_router_logits: bool = False
 
-    def _check_widths(self) -> None:
+    def validate_fields(self):
+        """Also raise ValueError for a width that cannot be cut into heads, and for wrong numbers of the router."""
+        super().validate_fields()
         if self.hidden_size % self.num_heads:
             raise ValueError(
                 f"hidden_size={self.hidden_size} is not divisible by num_heads={self.num_heads}; "

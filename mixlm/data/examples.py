@@ -53,6 +53,11 @@ class _BlockExamples(Dataset):
     def __len__(self) -> int:
         return len(self.blocks)
 
+    def limit(self, most: int) -> None:
+        """Keep at most `most` examples, evenly over the documents."""
+        if len(self.blocks) > most:
+            self.blocks = self.blocks[np.linspace(0, len(self.blocks) - 1, most).round().astype(int)]
+
     def _random(self, epoch: int, index: int) -> np.random.Generator:
         return np.random.default_rng((self.seed, epoch, index))
 

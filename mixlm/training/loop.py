@@ -260,11 +260,12 @@ def _optimizer_step(
             loss, terms = objective.loss(batch, number, step)
             # DistributedDataParallel averages over ranks; shares of a sum are to be added.
             accelerator.backward(loss * accelerator.num_processes)
-        _require_number(float(loss.detach()), state, arguments)
+        if accelerator.scaler is not None:  # which turns the gradient of a loss that is no number into a skipped step
+            _require_number(float(loss.detach()), state, arguments)
         progress.add(terms, tokens[number])
     largest = arguments.max_grad_norm or math.inf
     gradient_norm = float(accelerator.clip_grad_norm_(model.parameters(), largest))
-    if accelerator.scaler is None:  # with a scaler, an overflow of the gradient only skips the step
+    if accelerator.scaler is None:  # with one, an overflow of the gradient only skips the step
         _require_number(gradient_norm, state, arguments)
     optimizer.step()
     optimizer.zero_grad()

@@ -5,6 +5,7 @@ first, and every micro-batch then contributes its sum over that total. So 1 x 32
 give the same gradient.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -50,7 +51,7 @@ class RetrievalGradients(NamedTuple):
     contexts: Tensor
 
 
-class PretrainingObjective:
+class PretrainingObjective(ABC):
     """MLM and a second loss. A subclass says what its losses weigh and how the second one is computed.
 
     Args:
@@ -62,10 +63,11 @@ class PretrainingObjective:
         self.accelerator, self.model = accelerator, model
         self.capacity_factor = getattr(accelerator.unwrap_model(model).config, "capacity_factor", None)
 
+    @abstractmethod
     def weights(self, batch: Batch) -> dict[str, int]:
         """What each loss of a micro-batch weighs: MLM masked tokens, the others rows."""
-        raise NotImplementedError
 
+    @abstractmethod
     def loss(self, batch: Batch, number: int, step: Step) -> tuple[Tensor, dict[str, Term]]:
         """This micro-batch's share of the step's loss, to be backpropagated, and its terms for the curves.
 
@@ -73,7 +75,6 @@ class PretrainingObjective:
             batch: micro-batch `number` of this rank in this step.
             step: what `begin_step` returned.
         """
-        raise NotImplementedError
 
     def begin_step(self, micro_batches: list[Batch]) -> Step:
         """Add the weights of this rank's micro-batches over all ranks."""

@@ -153,3 +153,12 @@ def test_examples_are_never_too_long(corpus, examples_class):
     too_long = np.array([[0, 4, 6, MAX_SEQ_LENGTH - 1]])
     with pytest.raises(ValueError, match=rf"corpus.blocks\({MAX_SEQ_LENGTH - examples_class.special_tokens}\)"):
         make(examples_class, corpus, blocks=too_long)
+
+
+def test_a_limit_keeps_examples_from_the_first_document_to_the_last(corpus):
+    examples = make(SentenceOrderExamples, corpus)
+    every = examples.blocks.tolist()
+    examples.limit(len(every))
+    assert examples.blocks.tolist() == every
+    examples.limit(2)
+    assert examples.blocks.tolist() == [every[0], every[-1]]
