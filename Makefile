@@ -39,7 +39,7 @@ format: $(VENV)/installed  ## Mend style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/installed  ## Measure the speed of a training step of each preset that fits a laptop
+bench: $(VENV)/installed  ## Measure speed and memory: benchmarks/results.json and its README (half an hour)
 	$(BIN)/python benchmarks/run.py
 
 clean:  ## Remove what the targets made

@@ -1,72 +1,199 @@
 #!/usr/bin/env python
-"""Time the training step of the small presets beside transformers' BERT of the same width and depth.
+"""Measure speed and memory, row by row, and keep the results.
 
-One thread, CPU time, the models taking turns, the median of `--repeats`: numbers of one run can be compared with each
-other, not with those of another machine or moment.
+    python benchmarks/run.py                          all rows; results.json and the table in README.md are kept up
+    python benchmarks/run.py --only NAME [NAME ...]   these rows alone; nothing is written
+    python benchmarks/run.py --only NAME --update     these rows alone, and they are kept
+    python benchmarks/run.py --list                   the names
+
+Close other programs first. What the numbers mean is in benchmarks/README.md.
 """
 
 import argparse
-import statistics
+import difflib
+import json
+import os
+import sys
 import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported; the processes that rows start inherit it
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+FOLDER = Path(__file__).resolve().parent
+sys.path[:0] = [str(FOLDER), str(FOLDER.parent)]  # the rows' modules, and run_pretraining.py
+
+import data_rows
+import engine_rows
+import model_rows
 import torch
-from transformers import BertConfig, BertForMaskedLM
+from measure import Result, Row
 
-from mixlm import MixLMConfig, MixLMForMaskedLM, MixLMSwitchConfig, MixLMSwitchForMaskedLM
+from mixlm.errors import USER_ERROR_EXIT_CODE, UserError, exits_on_user_error, one_line
 
-VOCABULARY = 8000
+REGISTRY: list[Row] = [*model_rows.ROWS, *engine_rows.ROWS, *data_rows.ROWS]
+RESULTS, README = FOLDER / "results.json", FOLDER / "README.md"
+BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+FAILURE_EXIT_CODE = 1
 
 
-def bert_like(config: MixLMConfig) -> BertForMaskedLM:
-    """BERT with the hidden size, layers and feed-forward width of `config`."""
-    return BertForMaskedLM(
-        BertConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=config.hidden_size,
-            num_hidden_layers=config.num_hidden_layers,
-            num_attention_heads=config.num_heads,
-            intermediate_size=config.ff_dim,
-            max_position_embeddings=config.max_position_embeddings,
-        )
+def row_names(registry: Sequence[Row]) -> list[str]:
+    """The names of all rows, in the order of the table."""
+    return [name for row in registry for name in row.names]
+
+
+def require_known(names: Sequence[str], registry: Sequence[Row]) -> None:
+    """Raise UserError for a name that no row has."""
+    known = row_names(registry)
+    for name in names:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            raise UserError(f"no row {name!r}; " + (f"did you mean {close[0]}?" if close else "--list shows them"))
+
+
+def read_results(path: Path) -> dict[str, Result]:
+    """The kept results by name; none where there is no file yet.
+
+    Raises:
+        UserError: the file is not a list of results.
+    """
+    if not path.exists():
+        return {}
+    try:
+        return {entry["name"]: Result(**entry) for entry in json.loads(path.read_text("utf-8"))}
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path}: not a list of results ({one_line(error)}); delete it and measure again") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file so that it is whole at every moment."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, "utf-8")
+    os.replace(partial, path)
+
+
+def keep(results: dict[str, Result], registry: Sequence[Row], folder: Path = FOLDER) -> None:
+    """Write results.json and the table in README.md, in the registry's order; rows it no longer has come last."""
+    order = row_names(registry)
+    ordered = sorted(
+        results.values(), key=lambda result: order.index(result.name) if result.name in order else len(order)
     )
+    entries = [asdict(result) for result in ordered]
+    write_text(folder / RESULTS.name, json.dumps(entries, ensure_ascii=False, indent=2) + "\n")
+    readme = (folder / README.name).read_text("utf-8")
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise UserError(f"{folder / README.name}: the table's place is lost; put the lines {BEGIN} and {END} there")
+    write_text(folder / README.name, f"{before}{BEGIN}\n\n{table(ordered, registry)}\n\n{END}{after}")
 
 
-def main():
+def table(results: Sequence[Result], registry: Sequence[Row]) -> str:
+    """The results as a Markdown table."""
+    descriptions = {name: row.description(name) for row in registry for name in row.names}
+    lines = [
+        "| row | what | value | unit | target | met | shape | threads | pairs |",
+        "|---|---|--:|---|---|---|---|--:|--:|",
+    ]
+    for result in results:
+        cells = (
+            f"`{result.name}`",
+            descriptions.get(result.name, ""),
+            f"**{number(result.value)}**",
+            result.unit,
+            result.target,
+            {None: "", True: "yes", False: "no"}[result.is_met()],
+            result.shape,
+            str(result.threads),
+            str(result.pairs),
+        )
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def number(value: float) -> str:
+    """A value as a reader wants it: three digits, and all of a large number's."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def measure(row: Row) -> list[Result]:
+    """Run a row and say what it found."""
+    print(f"{', '.join(row.names)} ...", flush=True)
+    started = time.perf_counter()
+    results = list(row.run())
+    found = [result.name for result in results]
+    if sorted(found) != sorted(row.names):
+        raise ValueError(f"the row of {', '.join(row.names)} gave {', '.join(found) or 'nothing'}")
+    results.sort(key=lambda result: row.names.index(result.name))
+    for result in results:
+        verdict = {None: "", True: f", target {result.target}: met", False: f", target {result.target}: NOT met"}
+        print(
+            f"  {result.name}: {number(result.value)} {result.unit}{verdict[result.is_met()]}  ({result.shape})",
+            flush=True,
+        )
+    print(f"  {time.perf_counter() - started:.0f} s", flush=True)
+    return results
+
+
+def run_rows(names: Sequence[str] | None, registry: Sequence[Row], write: bool, folder: Path = FOLDER) -> int:
+    """Measure rows one after the other.
+
+    A row that fails is reported, the others go on, and what was kept of it before stays.
+
+    Args:
+        names: of the rows; None = all, and rows that the registry no longer has are dropped at the end.
+        registry: all rows.
+        write: keep each result as soon as it is there, so that a killed run loses nothing.
+        folder: of results.json and README.md.
+
+    Returns:
+        The exit code: 0, 2 where a row lacks what the user can give it, 1 where one failed otherwise.
+    """
+    results = read_results(folder / RESULTS.name) if write else {}
+    exit_code = 0
+    for row in registry:
+        if names is not None and not set(names) & set(row.names):
+            continue
+        try:
+            found = measure(row)
+        except UserError as error:
+            print(f"error: {', '.join(row.names)}: {one_line(error)}", file=sys.stderr, flush=True)
+            exit_code = exit_code or USER_ERROR_EXIT_CODE
+            continue
+        except Exception:  # whatever a row meets, the others are still to be measured
+            traceback.print_exc()
+            print(f"error: {', '.join(row.names)}: failed, see above", file=sys.stderr, flush=True)
+            exit_code = FAILURE_EXIT_CODE
+            continue
+        if write:
+            results |= {result.name: result for result in found}
+            keep(results, registry, folder)
+    if write and names is None:
+        keep({name: result for name, result in results.items() if name in row_names(registry)}, registry, folder)
+    return exit_code
+
+
+@exits_on_user_error
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=16, help="rows of a batch (default: %(default)s)")
-    parser.add_argument("--length", type=int, default=64, help="tokens of a row (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=5, help="timed steps of each model (default: %(default)s)")
-    arguments = parser.parse_args()
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="measure these rows alone")
+    parser.add_argument("--update", action="store_true", help="with --only: keep their results")
+    parser.add_argument("--list", action="store_true", help="show the names of all rows and what they are")
+    arguments = parser.parse_args(argv)
+    if arguments.update and arguments.only is None:
+        raise UserError("--update is for --only; without --only all results are kept anyway")
+    if arguments.list:
+        for row in REGISTRY:
+            for name in row.names:
+                print(f"{name:<36} {row.description(name)}")
+        return 0
+    require_known(arguments.only or [], REGISTRY)
     torch.set_num_threads(1)
-    torch.manual_seed(0)
-
-    mini = MixLMConfig.from_preset("mixlm-mini", vocab_size=VOCABULARY)
-    switch = MixLMSwitchConfig.from_preset("mixlm-switch-mini", vocab_size=VOCABULARY)
-    models = {
-        "mixlm-mini": MixLMForMaskedLM(mini),
-        "mixlm-switch-mini": MixLMSwitchForMaskedLM(switch),
-        "bert of mini's size": bert_like(mini),
-    }
-    input_ids = torch.randint(5, VOCABULARY, (arguments.rows, arguments.length))
-    labels = torch.where(torch.rand(input_ids.shape) < 0.15, input_ids, -100)
-    optimizers = {name: torch.optim.AdamW(model.parameters(), fused=True) for name, model in models.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in models}
-    for repeat in range(arguments.repeats + 1):
-        for name, model in models.items():
-            started = time.process_time()
-            model(input_ids=input_ids, labels=labels).loss.backward()
-            optimizers[name].step()
-            optimizers[name].zero_grad()
-            if repeat:  # the first step warms up
-                seconds[name].append(time.process_time() - started)
-
-    tokens = arguments.rows * arguments.length
-    print(f"training step, {arguments.rows} x {arguments.length} tokens, 1 thread, median of {arguments.repeats}")
-    for name, times in seconds.items():
-        parameters = sum(parameter.numel() for parameter in models[name].parameters())
-        median = statistics.median(times)
-        print(f"  {name:<22} {parameters / 1e6:6.1f}M parameters {median:8.3f} s {tokens / median:10,.0f} tokens/s")
+    return run_rows(arguments.only, REGISTRY, write=arguments.only is None or arguments.update)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

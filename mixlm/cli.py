@@ -7,6 +7,7 @@ what it needs when it runs.
 import argparse
 import difflib
 import math
+import re
 import sys
 import unicodedata
 from collections.abc import Iterator
@@ -18,8 +19,9 @@ from .errors import UserError, exits_on_user_error
 from .files import new_folder, require_free
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+    from .profiling import MemoryUse, OperatorTime, Profile
     from .tokenization import TokenizerReport
 
 
@@ -66,6 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     add_tokenizer_parser(subparsers)
     add_fill_mask_parser(subparsers)
     add_report_parser(subparsers)
+    add_profile_parser(subparsers)
     add_convert_parser(subparsers)
     arguments = parser.parse_args(argv)
     arguments.run(arguments)
@@ -155,6 +158,31 @@ def add_report_parser(subparsers) -> None:
         "--out", type=Path, metavar="PNG", help="the picture (default: curves.png in the first run's folder)"
     )
     parser.set_defaults(run=report_runs_verb)
+
+
+def add_profile_parser(subparsers) -> None:
+    """Add `mixlm profile`."""
+    parser = subparsers.add_parser(
+        "profile",
+        help="show where a training step spends time, arithmetic and memory",
+        description=(
+            "Measure a training step on random ids: forward with MLM and the second objective, backward, AdamW. "
+            "Prints time by phase, arithmetic against what the machine can do, the slowest operators, memory by kind."
+        ),
+        epilog="example:\n  mixlm profile --preset mixlm-base --shape 8x128",
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--preset", metavar="NAME", help="a preset, with random weights")
+    source.add_argument("--model", metavar="DIR", help="a model's folder, or its name on the Hub")
+    parser.add_argument(
+        "--shape", default="8x128", metavar="ROWSxTOKENS", help="the batch, all real tokens (default: %(default)s)"
+    )
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="threads of torch (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=3, metavar="N", help="measured steps (default: %(default)s)")
+    parser.add_argument("--top", type=int, default=12, metavar="N", help="operators to show (default: %(default)s)")
+    parser.add_argument("--inference", action="store_true", help="the encoder's forward alone, without gradients")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="where to run (default: cuda where there is one)")
+    parser.set_defaults(run=profile_verb)
 
 
 def add_convert_parser(subparsers) -> None:
@@ -279,6 +307,50 @@ def report_runs_verb(arguments: argparse.Namespace) -> None:
     print(f"curves: {out}")
 
 
+def profile_verb(arguments: argparse.Namespace) -> None:
+    """`mixlm profile`."""
+    for option in ("threads", "steps", "top"):
+        if getattr(arguments, option) < 1:
+            raise UserError(f"--{option} {getattr(arguments, option)}: must be 1 or more")
+    shape = re.fullmatch("([1-9][0-9]{0,5})x([1-9][0-9]{0,5})", arguments.shape)
+    if shape is None:
+        raise UserError(f"--shape {arguments.shape}: give rows x tokens, both from 1 to 999,999, such as 8x128")
+    rows, length = map(int, shape.groups())
+    import torch
+
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch finds no CUDA device here; use --device cpu")
+    from .profiling import EncoderForward, TrainingStep, profile_step, random_batch
+
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    try:
+        model = _model_to_profile(arguments, length).to(device)
+        batch = {name: inputs.to(device) for name, inputs in random_batch(model.config, rows, length).items()}
+        step = EncoderForward(model, batch) if arguments.inference else TrainingStep(model, batch)
+        profile = profile_step(step, arguments.steps)
+    except RuntimeError as error:
+        # On a CPU there is no class of its own for it.
+        if not re.search("out of memory|allocate memory|enough memory", str(error)):
+            raise
+        raise UserError(
+            f"--shape {arguments.shape}: too large for the memory of {device}; give fewer rows or tokens"
+        ) from error
+
+    kind = f"{model.config.pretraining_objective.upper()} training step"
+    print(f"{arguments.preset or arguments.model}: {'encoder forward' if arguments.inference else kind}")
+    print(_table(_setting_rows(model, rows, length, arguments.threads)))
+    print("\ntime")
+    print(_table(_time_rows(profile, arguments.steps)))
+    print("\narithmetic")
+    print(_table(_arithmetic_rows(profile)))
+    print(f"\noperators{', time of their kernels' if device == 'cuda' else ''}")
+    print(_table(_operator_rows(profile.operators, arguments.top)))
+    print("\nmemory")
+    print(_table(_memory_rows(profile.memory, arguments.inference)))
+
+
 def convert_verb(arguments: argparse.Namespace) -> None:
     """`mixlm convert`."""
     require_free(arguments.out)
@@ -343,19 +415,92 @@ def _significant(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
+def _model_to_profile(arguments: argparse.Namespace, length: int) -> "PreTrainedModel":
+    from transformers.utils.logging import disable_progress_bar
+
+    from .configuration import preset_names
+    from .profiling import preset_model, saved_model
+
+    if arguments.model is not None:
+        disable_progress_bar()
+        return saved_model(arguments.model, length, arguments.inference)
+    names = preset_names()
+    if arguments.preset not in names:
+        hint = _did_you_mean(arguments.preset, names) or f"; presets: {', '.join(names)}"
+        raise UserError(f"--preset {arguments.preset}: unknown preset{hint}")
+    return preset_model(arguments.preset, length, arguments.inference)
+
+
+def _setting_rows(model: "PreTrainedModel", rows: int, length: int, threads: int) -> list[tuple[str, str, str]]:
+    import torch
+
+    device = "cpu" if model.device.type == "cpu" else torch.cuda.get_device_name(model.device)
+    return [
+        ("parameters", f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:,.1f}M", "float32"),
+        ("shape", f"{rows} x {length}", "rows x tokens"),
+        ("threads", f"{threads}", device),
+        ("torch", torch.__version__, ""),
+    ]
+
+
+def _time_rows(profile: "Profile", steps: int) -> list[tuple[str, str, str]]:
+    whole = profile.step_seconds
+    phases = profile.phase_seconds.items() if len(profile.phase_seconds) > 1 else ()
+    return [
+        *((name, f"{seconds * 1000:,.1f} ms", f"{seconds / whole:.1%} of the step") for name, seconds in phases),
+        ("step", f"{whole * 1000:,.1f} ms", f"median of {steps}, after one to warm up"),
+        ("speed", f"{profile.tokens / whole:,.0f} tokens/s", "real tokens"),
+    ]
+
+
+def _arithmetic_rows(profile: "Profile") -> list[tuple[str, str, str]]:
+    return [
+        ("operations", f"{profile.operations / 1e9:,.3f} GFLOP", "matrix products, convolutions, fused attention"),
+        ("rate", f"{profile.rate / 1e9:,.1f} GFLOP/s", ""),
+        ("peak rate", f"{profile.peak_rate / 1e9:,.1f} GFLOP/s", "the fastest large matrix product here"),
+        ("used", f"{profile.rate / profile.peak_rate:.1%}", "rate / peak rate"),
+    ]
+
+
+def _operator_rows(operators: "list[OperatorTime]", top: int) -> list[tuple[str, ...]]:
+    from .profiling import summarize_operators
+
+    return [
+        ("", "calls/step", "ms/step", "share", ""),
+        *(
+            (operator.name, f"{operator.calls:,.0f}", f"{operator.seconds * 1000:,.2f}", f"{operator.share:.1%}", "")
+            for operator in summarize_operators(operators, top)
+        ),
+    ]
+
+
+def _memory_rows(memory: "MemoryUse", inference: bool) -> list[tuple[str, str, str]]:
+    training = [
+        ("gradients", memory.gradients, ""),
+        ("optimizer state", memory.optimizer_state, ""),
+        ("activations", memory.activations, "kept by the forward for the backward pass"),
+    ]
+    rows = [
+        ("parameters", memory.parameters, ""),
+        *([] if inference else training),
+        ("temporary", memory.temporary, "the most at a time of all other tensors"),
+        ("peak", memory.peak, "the most at a time of all together; without buffers within an operator"),
+    ]
+    return [(name, f"{size / 2**20:,.1f} MiB", remark) for name, size, remark in rows]
+
+
 def _number(value: float, form: str) -> str:
     return "-" if math.isnan(value) else format(value, form)
 
 
-def _table(rows: list[tuple[str, str, str]]) -> str:
-    """Rows of (name, value, remark), with the names aligned on the left and the values on the right."""
-    name_width = max(_columns(name) for name, _, _ in rows)
-    value_width = max(_columns(value) for _, value, _ in rows)
+def _table(rows: list[tuple[str, ...]]) -> str:
+    """Rows of a name, values and a remark, with the values aligned on the right and the others on the left."""
+    widths = [max(map(_columns, column)) for column in zip(*rows, strict=True)]
     lines = []
-    for name, value, remark in rows:
-        name += " " * (name_width - _columns(name))
-        value = " " * (value_width - _columns(value)) + value
-        lines.append(f"  {name}  {value}  {remark}".rstrip())
+    for name, *values, remark in rows:
+        cells = [name + " " * (widths[0] - _columns(name))]
+        cells += [" " * (width - _columns(value)) + value for width, value in zip(widths[1:-1], values, strict=True)]
+        lines.append("  ".join(["", *cells, remark]).rstrip())
     return "\n".join(lines)
 
 

@@ -57,6 +57,7 @@ class _EncoderConfig(PreTrainedConfig):
     initializer_range: float | int = 0.02
     pretraining_objective: Literal["sop", "ict"] = "sop"
     pooler: Literal["decoder", "mean", "cls"] = "decoder"
+    kernels: Literal["auto", "plain", "fused", "lean"] = "auto"
     pad_token_id: int | None = 0
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -197,6 +198,9 @@ class MixLMConfig(_EncoderConfig):
         initializer_range: standard deviation of initial weights.
         pretraining_objective: what ForPreTraining learns beside MLM: "sop" (ALBERT) or "ict" (ORQA).
         pooler: how a text becomes one vector: "decoder" (a learned weight per position), "mean" or "cls".
+        kernels: how the formulas are computed; it changes time and memory but no result. "plain" = torch's operations
+            one by one; "fused" = the functions of `mixlm.kernels`; "lean" = those, computing the activations of the
+            feed-forward twice rather than keeping them; "auto" = by device and length (`kernels.choose_kernels`).
 
     Raises:
         StrictDataclassError: a field has the wrong type, or a value that is not allowed (the message names both).

@@ -1,7 +1,7 @@
 """The MixLM encoder: mixed-kernel convolutions inside attention and feed-forward, residual attention, shared layers.
 
 Letters of the shapes in this file: batch B, length L, hidden size C, slices E (`n_experts`), slice width D = C / E,
-kernel groups G (`num_heads`), feed-forward width F.
+kernel groups G (`num_heads`), feed-forward width F. What is fast about it is in `kernels`.
 """
 
 import math
@@ -21,6 +21,16 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration import MixLMConfig
 from .heads import EncoderOutput, MaskedLMHeads, PreTrainingHeads, QuestionAnsweringHeads, RetrievalHeads, initialize
+from .kernels import (
+    Dropout,
+    Kernels,
+    choose_kernels,
+    is_bare,
+    mixed_kernel_convolution,
+    mixed_kernel_feed_forward,
+    residual_attention,
+    reversible_residual_attention,
+)
 
 
 def kernel_sizes(largest: int, groups: int) -> list[int]:
@@ -47,7 +57,7 @@ class Embeddings(nn.Module):
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.LN_eps)
-        self.dropout = nn.Dropout(config.dropout_prob)
+        self.dropout = Dropout(config.dropout_prob)
 
     def forward(
         self,
@@ -69,17 +79,12 @@ class Embeddings(nn.Module):
 
 
 class MixedKernelConvolution(nn.Module):
-    """Each slice of the hidden state through its own grouped convolution along the tokens: [B, L, C] -> [B, E, M, L].
-
-    Group g of a slice maps D / G channels to M / G channels with a centred kernel of its own size. Slices have the
-    same sizes, so one convolution per kernel group serves all slices, and no tap is spent on a kernel's zero rim.
-    """
+    """The parameters of `mixed_kernel_convolution`, C -> E x `channels_per_slice`: [B, L, C] -> [B, L, E, M]."""
 
     def __init__(self, config: MixLMConfig, channels_per_slice: int):
         super().__init__()
-        self.slices, self.groups = config.n_experts, config.num_heads
-        inputs = config.hidden_size // self.groups
-        outputs = channels_per_slice * self.slices // self.groups
+        self.slices = config.n_experts
+        inputs, outputs = config.hidden_size // config.num_heads, channels_per_slice * self.slices // config.num_heads
         self.convolutions = nn.ModuleList(
             nn.Conv1d(inputs, outputs, size, padding=size // 2, groups=self.slices)
             for size in kernel_sizes(config.kernel_size, config.num_heads)
@@ -88,42 +93,7 @@ class MixedKernelConvolution(nn.Module):
     def forward(self, hidden: Tensor, token_mask: Tensor | None) -> Tensor:
         if token_mask is not None:
             hidden = hidden * token_mask  # a kernel reaches over the end of a text: padding must be zero
-        batch, length, _ = hidden.shape
-        by_group = hidden.view(batch, length, self.slices, self.groups, -1).permute(3, 0, 2, 4, 1)
-        convolved = [
-            convolution(inputs.flatten(1, 2)).view(batch, self.slices, -1, length)
-            for convolution, inputs in zip(self.convolutions, by_group, strict=True)
-        ]
-        return torch.cat(convolved, dim=2)
-
-
-def attention_with_residual_scores(
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    previous_scores: Tensor | None,
-    attention_mask: Tensor | None,
-    dropout: nn.Dropout,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Attention that adds the previous layer's raw scores to its own (RealFormer, arXiv:2012.11747, eq. 3).
-
-    Args:
-        queries, values: [B, maps, L, width].
-        keys: [B, maps, width, L], already transposed.
-        previous_scores: [B, maps, L, L] before the mask and the softmax, or None in the first layer.
-        attention_mask: bool [B, 1, 1, L], True for real tokens, or None.
-
-    Returns:
-        the attended values [B, maps, L, width], the probabilities and the raw scores to carry on [B, maps, L, L].
-    """
-    scores = queries @ keys / math.sqrt(queries.shape[-1])
-    if previous_scores is not None:
-        scores = scores + previous_scores
-    visible = scores
-    if attention_mask is not None:
-        visible = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
-    probabilities = visible.softmax(dim=-1)
-    return dropout(probabilities) @ values, probabilities, scores
+        return mixed_kernel_convolution(hidden, self.convolutions, self.slices)
 
 
 def eager_attention_forward(
@@ -157,7 +127,7 @@ class ResidualAttention(nn.Module):
         super().__init__()
         self.config = config
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.dropout = nn.Dropout(config.dropout_prob)
+        self.dropout = Dropout(config.dropout_prob)
 
     def attend(
         self,
@@ -166,32 +136,32 @@ class ResidualAttention(nn.Module):
         values: Tensor,
         previous_scores: Tensor | None,
         attention_mask: Tensor | None,
+        kernels: Kernels,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Tensors as in `attention_with_residual_scores`.
+        """Attention over `queries`, `keys` and `values`, each [B, L, maps, width].
 
-        Returns the attended tokens [B, L, C], the probabilities [B, maps, L, L] (None where the attention interface
-        has none) and the raw scores to carry on (None without residual attention).
+        Returns the attended tokens [B, L, C], the probabilities [B, maps, L, L] (None where the form of attention has
+        none) and the raw scores to carry on (None without residual attention).
         """
-        scores = None
-        if self.config.residual_attention:
-            attended, probabilities, scores = attention_with_residual_scores(
-                queries, keys, values, previous_scores, attention_mask, self.dropout
-            )
-            attended = attended.transpose(1, 2)
-        else:
+        dropout = self.dropout.p if self.training else 0.0
+        probabilities = scores = None
+        if not self.config.residual_attention:
             interface = ALL_ATTENTION_FUNCTIONS.get_interface(
                 self.config._attn_implementation, eager_attention_forward
             )
+            by_map = (tensor.transpose(1, 2) for tensor in (queries, keys, values))
+            scaling = 1 / math.sqrt(queries.shape[-1])
             attended, probabilities = interface(
-                self,
-                queries,
-                keys.transpose(2, 3),
-                values,
-                attention_mask,
-                scaling=1 / math.sqrt(queries.shape[-1]),
-                dropout=self.dropout.p if self.training else 0.0,
-                **kwargs,
+                self, *by_map, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+            )
+        elif kernels.fused:
+            attended, scores = reversible_residual_attention(
+                queries, keys, values, previous_scores, attention_mask, dropout
+            )
+        else:
+            attended, probabilities, scores = residual_attention(
+                queries, keys, values, previous_scores, attention_mask, dropout
             )
         return self.o_proj(attended.flatten(2)), probabilities, scores
 
@@ -212,12 +182,13 @@ class MixLMAttention(ResidualAttention):
         previous_scores: Tensor | None,
         token_mask: Tensor | None,
         attention_mask: Tensor | None,
+        kernels: Kernels,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """[B, L, C] -> attended [B, L, C], probabilities [B, E, L, L], raw scores [B, E, L, L]."""
-        slices = hidden.unflatten(-1, (self.config.n_experts, -1)).transpose(1, 2)  # [B, E, L, D]
-        keys = self.key(hidden, token_mask)  # [B, E, D, L]
-        return self.attend(slices, keys, slices, previous_scores, attention_mask, **kwargs)
+        slices = hidden.unflatten(-1, (self.config.n_experts, -1))  # [B, L, E, D]
+        keys = self.key(hidden, token_mask)  # [B, L, E, D]
+        return self.attend(slices, keys, slices, previous_scores, attention_mask, kernels, **kwargs)
 
 
 class MixLMFeedForward(nn.Module):
@@ -225,15 +196,35 @@ class MixLMFeedForward(nn.Module):
 
     def __init__(self, config: MixLMConfig):
         super().__init__()
+        self.config = config
         self.convolution = MixedKernelConvolution(config, config.ff_dim // config.n_experts)
         self.act_fn = ACT2FN[config.act_fn]
         self.dense = nn.Linear(config.ff_dim, config.hidden_size)
-        self.dropout = nn.Dropout(config.dropout_prob)
+        self.dropout = Dropout(config.dropout_prob)
 
-    def forward(self, hidden: Tensor, token_mask: Tensor | None) -> tuple[Tensor, None]:
+    def forward(self, hidden: Tensor, token_mask: Tensor | None, kernels: Kernels) -> tuple[Tensor, None]:
         """Returns the transformed tokens, and None where a mixture of experts has its router logits."""
-        convolved = self.act_fn(self.convolution(hidden, token_mask))  # [B, E, F / E, L]
-        return self.dropout(self.dense(convolved.flatten(1, 2).transpose(1, 2))), None
+        if kernels.fused and self._is_bare():
+            transformed = mixed_kernel_feed_forward(
+                hidden,
+                token_mask,
+                self.convolution.convolutions,
+                self.dense,
+                self.config.n_experts,
+                self.config.act_fn,
+                kernels.recompute,
+            )
+        else:
+            transformed = self.dense(self.act_fn(self.convolution(hidden, token_mask).flatten(2)))
+        return self.dropout(transformed), None
+
+    def _is_bare(self) -> bool:
+        """Whether the fused form, which reads the weights and calls no module, leaves nothing out."""
+        return (
+            is_bare(self.convolution, MixedKernelConvolution)
+            and is_bare(self.dense, nn.Linear)
+            and all(is_bare(convolution, nn.Conv1d) for convolution in self.convolution.convolutions)
+        )
 
 
 class EncoderLayer(GradientCheckpointingLayer):
@@ -256,20 +247,23 @@ class EncoderLayer(GradientCheckpointingLayer):
         scores: Tensor | None,
         token_mask: Tensor | None,
         attention_mask: Tensor | None,
+        kernels: Kernels,
         attention: nn.Module,
         feed_forward: nn.Module,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """[B, L, C] -> hidden [B, L, C], raw scores to carry on, router logits (None without experts)."""
         if self.pre_norm:
-            attended, _, scores = attention(self.attention_norm(hidden), scores, token_mask, attention_mask, **kwargs)
+            attended, _, scores = attention(
+                self.attention_norm(hidden), scores, token_mask, attention_mask, kernels, **kwargs
+            )
             hidden = hidden + attended
-            transformed, router_logits = feed_forward(self.feed_forward_norm(hidden), token_mask)
+            transformed, router_logits = feed_forward(self.feed_forward_norm(hidden), token_mask, kernels)
             hidden = hidden + transformed
         else:
-            attended, _, scores = attention(hidden, scores, token_mask, attention_mask, **kwargs)
+            attended, _, scores = attention(hidden, scores, token_mask, attention_mask, kernels, **kwargs)
             hidden = self.attention_norm(hidden + attended)
-            transformed, router_logits = feed_forward(hidden, token_mask)
+            transformed, router_logits = feed_forward(hidden, token_mask, kernels)
             hidden = self.feed_forward_norm(hidden + transformed)
         return hidden, scores, router_logits
 
@@ -302,7 +296,12 @@ class EncoderStack(nn.Module):
         return modules[layer // self.layer_group if part in self.shared else layer]
 
     def forward(
-        self, hidden: Tensor, token_mask: Tensor | None, attention_mask: Tensor | None, **kwargs: Any
+        self,
+        hidden: Tensor,
+        token_mask: Tensor | None,
+        attention_mask: Tensor | None,
+        kernels: Kernels,
+        **kwargs: Any,
     ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
         """[B, L, C] -> last hidden state [B, L, C], router logits of each layer (None without experts)."""
         scores, router_logits = None, []
@@ -312,6 +311,7 @@ class EncoderStack(nn.Module):
                 scores,
                 token_mask,
                 attention_mask,
+                kernels,
                 self._module_of("attention", self.attentions, index),
                 self._module_of("feed_forward", self.feed_forwards, index),
                 **kwargs,
@@ -379,7 +379,10 @@ class MixLMPreTrainedModel(PreTrainedModel):
             visible = create_bidirectional_mask(
                 config=self.config, inputs_embeds=hidden, attention_mask=attention_mask
             )
-        return self.stack(hidden, token_mask, visible, **kwargs)
+        with_attentions = kwargs.get("output_attentions", self.config.output_attentions)
+        checkpointing = self.training and self.stack.layers[0].gradient_checkpointing
+        kernels = choose_kernels(self.config.kernels, hidden, plain_needed=with_attentions or checkpointing)
+        return self.stack(hidden, token_mask, visible, kernels, **kwargs)
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.base_model.embeddings.word_embeddings

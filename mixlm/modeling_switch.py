@@ -28,6 +28,7 @@ from .heads import (
     RetrievalHeads,
     at_least_float32,
 )
+from .kernels import Dropout, Kernels
 from .modeling_mixlm import Embeddings, EncoderLayer, EncoderStack, MixLMPreTrainedModel, ResidualAttention
 
 
@@ -46,14 +47,15 @@ class SwitchAttention(ResidualAttention):
         previous_scores: Tensor | None,
         token_mask: Tensor | None,
         attention_mask: Tensor | None,
+        kernels: Kernels,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """[B, L, C] -> attended [B, L, C], probabilities [B, heads, L, L], raw scores [B, heads, L, L]."""
         heads = (self.config.num_heads, -1)
-        queries = self.query(hidden).unflatten(-1, heads).transpose(1, 2)
-        keys = self.key(hidden).unflatten(-1, heads).permute(0, 2, 3, 1)
-        values = self.value(hidden).unflatten(-1, heads).transpose(1, 2)
-        return self.attend(queries, keys, values, previous_scores, attention_mask, **kwargs)
+        queries = self.query(hidden).unflatten(-1, heads)
+        keys = self.key(hidden).unflatten(-1, heads)
+        values = self.value(hidden).unflatten(-1, heads)
+        return self.attend(queries, keys, values, previous_scores, attention_mask, kernels, **kwargs)
 
 
 class Experts(nn.Module):
@@ -97,9 +99,9 @@ class SwitchFeedForward(nn.Module):
         self.config = config
         self.router = nn.Linear(config.hidden_size, config.n_experts)
         self.experts = Experts(config)
-        self.dropout = nn.Dropout(config.dropout_prob)
+        self.dropout = Dropout(config.dropout_prob)
 
-    def forward(self, hidden: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(self, hidden: Tensor, token_mask: Tensor | None, kernels: Kernels) -> tuple[Tensor, Tensor]:
         """[B, L, C] -> transformed tokens [B, L, C], router logits [B, L, E].
 
         Padding is never routed. While training, tokens over their expert's capacity are not routed either; both get

@@ -90,7 +90,7 @@ def test_every_head_in_a_process_without_the_package(name, tmp_path):
 
 def check_code(tmp_path: Path, folder: str, heads: dict[str, type], name: str) -> None:
     """The folder holds the code that it needs and names every head; so does one saved from what was loaded of it."""
-    needed = {"configuration.py", "heads.py", "modeling_mixlm.py"}
+    needed = {"configuration.py", "heads.py", "kernels.py", "modeling_mixlm.py"}
     if name == "mixlm_switch":
         needed.add("modeling_switch.py")
     config_class = heads[folder].config_class.__name__

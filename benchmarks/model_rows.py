@@ -1,0 +1,442 @@
+"""Rows of whole models and of their parts: MixLM and Switch against the older formulation and against transformers'.
+
+The competitors of a row share batch, precision, dropout and one thread. Peers have the hidden size and the layers of
+mixlm-base, their own shape in all else (feed-forward of 4 x hidden, heads of width 64), and in a training step the
+heads of mixlm, so that encoders are compared.
+"""
+
+import copy
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from measure import Result, Row, gemm_peak, interleaved, median_ratio, medians, peak_memory
+from older import OlderForPreTraining
+from torch import Tensor, nn
+from transformers import (
+    AlbertConfig,
+    AlbertModel,
+    BertConfig,
+    BertModel,
+    ConvBertConfig,
+    ConvBertModel,
+    ModernBertConfig,
+    ModernBertModel,
+    SwitchTransformersConfig,
+    SwitchTransformersEncoderModel,
+)
+
+from mixlm import MixLMConfig, MixLMForMaskedLM, MixLMForPreTraining, MixLMSwitchConfig, MixLMSwitchForPreTraining
+from mixlm.heads import IGNORE, MaskedLMHead, SentenceOrderHead, masked_lm_loss
+from mixlm.kernels import Kernels
+from mixlm.modeling_switch import SwitchFeedForward
+from mixlm.profiling import count_operations
+from mixlm.training.optimization import build_optimizer
+
+VOCABULARY = 35_000
+HIDDEN, LAYERS = 512, 12
+PAIRS = 5
+PEERS = {
+    "bert": (
+        BertModel,
+        BertConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=HIDDEN,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=HIDDEN // 64,
+            intermediate_size=4 * HIDDEN,
+            attn_implementation="sdpa",
+        ),
+    ),
+    "albert": (
+        AlbertModel,
+        AlbertConfig(
+            vocab_size=VOCABULARY,
+            embedding_size=128,
+            hidden_size=HIDDEN,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=HIDDEN // 64,
+            intermediate_size=4 * HIDDEN,
+            hidden_dropout_prob=0.1,
+            attention_probs_dropout_prob=0.1,
+            attn_implementation="sdpa",
+        ),
+    ),
+    "convbert": (
+        ConvBertModel,
+        ConvBertConfig(
+            vocab_size=VOCABULARY,
+            embedding_size=HIDDEN,
+            hidden_size=HIDDEN,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=HIDDEN // 64,
+            intermediate_size=4 * HIDDEN,
+        ),
+    ),
+    "modernbert": (
+        ModernBertModel,
+        ModernBertConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=HIDDEN,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=HIDDEN // 64,
+            intermediate_size=2 * HIDDEN,  # it is gated: two such matrices go in
+            attention_dropout=0.1,
+            mlp_dropout=0.1,
+            embedding_dropout=0.1,
+            attn_implementation="sdpa",
+            pad_token_id=0,
+            bos_token_id=2,
+            eos_token_id=3,
+            cls_token_id=2,
+            sep_token_id=3,
+        ),
+    ),
+    "switch_transformers": (
+        SwitchTransformersEncoderModel,
+        SwitchTransformersConfig(
+            vocab_size=VOCABULARY,
+            d_model=HIDDEN,
+            d_kv=64,
+            num_heads=HIDDEN // 64,
+            d_ff=4 * HIDDEN,
+            num_layers=LAYERS,
+            num_sparse_encoder_layers=LAYERS,
+            num_experts=4,
+            expert_capacity=1024,
+        ),
+    ),
+}
+
+
+class PeerForPreTraining(nn.Module):
+    """A peer's encoder under the heads of mixlm: MLM at labelled tokens, and sentence order."""
+
+    def __init__(self, encoder: nn.Module):
+        super().__init__()
+        config = MixLMConfig(vocab_size=VOCABULARY, hidden_size=HIDDEN)
+        self.encoder, self.mlm_head, self.sop_head = encoder, MaskedLMHead(config), SentenceOrderHead(config)
+        embeddings = encoder.get_input_embeddings()
+        if embeddings.weight.shape == self.mlm_head.decoder.weight.shape:
+            self.mlm_head.decoder.weight = embeddings.weight
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, sentence_order_label: Tensor
+    ) -> Tensor:
+        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        labelled = labels != IGNORE
+        mlm_loss = masked_lm_loss(self.mlm_head(hidden[labelled]), labels[labelled])
+        return mlm_loss + F.cross_entropy(self.sop_head(hidden), sentence_order_label)
+
+
+def peer(name: str) -> PeerForPreTraining:
+    """A peer with new weights."""
+    model_class, config = PEERS[name]
+    return PeerForPreTraining(model_class(copy.deepcopy(config)))
+
+
+def base_model(length: int = 512, **fields) -> MixLMForPreTraining:
+    """mixlm-base with new weights."""
+    torch.manual_seed(0)
+    return MixLMForPreTraining(
+        MixLMConfig.from_preset(
+            "mixlm-base", vocab_size=VOCABULARY, max_position_embeddings=max(length, 512), **fields
+        )
+    )
+
+
+def random_batch(rows: int, length: int) -> dict[str, Tensor]:
+    """Random ids, the last row a quarter padding, 15% of the tokens labelled."""
+    generator = torch.Generator().manual_seed(0)
+    input_ids = torch.randint(5, VOCABULARY, (rows, length), generator=generator)
+    attention_mask = torch.ones_like(input_ids)
+    attention_mask[-1, -length // 4 :] = 0
+    is_labelled = (torch.rand(input_ids.shape, generator=generator) < 0.15) & attention_mask.bool()
+    return {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "labels": torch.where(is_labelled, input_ids, IGNORE),
+        "sentence_order_label": torch.randint(2, (rows,), generator=generator),
+    }
+
+
+def loss_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """The loss of one of mixlm's models or of a competitor."""
+    output = model(**batch)
+    return output if isinstance(output, Tensor) else output.loss
+
+
+def training_step(model: nn.Module, batch: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+    """Forward, backward, AdamW."""
+    model.train()
+
+    def step() -> None:
+        loss_of(model, batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def fused_adamw(model: nn.Module) -> torch.optim.AdamW:
+    """The optimizer of mixlm's training loop."""
+    return build_optimizer(model, 1e-4, 0.01, 1e-8)
+
+
+def plain_adamw(model: nn.Module) -> torch.optim.AdamW:
+    """The optimizer of the older scripts."""
+    return torch.optim.AdamW(model.parameters(), lr=1e-4)
+
+
+def ratios(seconds: dict[str, list[float]], name: str, target: str, shape: str, pairs: int) -> list[Result]:
+    """How many times faster mixlm is than the older formulation (`name`) and each peer (`name`_vs_PEER)."""
+    return [
+        Result(
+            name if other == "older" else f"{name}_vs_{other}",
+            median_ratio(taken, seconds["mixlm"]),
+            "x",
+            target if other == "older" else "",
+            shape,
+            1,
+            pairs,
+        )
+        for other, taken in seconds.items()
+        if other != "mixlm"
+    ]
+
+
+@torch.no_grad()
+def encoder_forward() -> list[Result]:
+    """Encoder forward pass, mixlm-base: times faster than the older formulation"""
+    torch.set_num_threads(1)
+    batch = random_batch(8, 128)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    model = base_model().eval()
+    competitors = {"older": OlderForPreTraining(copy.deepcopy(model)).encoder, "mixlm": model.encoder}
+    competitors |= {name: peer(name).encoder.eval() for name in PEERS}
+    seconds = interleaved(
+        {name: (lambda encoder=encoder: encoder(**inputs)) for name, encoder in competitors.items()}, PAIRS + 2
+    )
+    return ratios(seconds, "encoder_forward_8x128", ">= 1.8", "12 layers, 8 x 128", PAIRS + 2)
+
+
+def train_step() -> list[Result]:
+    """Training step (forward, backward, AdamW; MLM + SOP), mixlm-base: times faster than the older formulation"""
+    torch.set_num_threads(1)
+    batch = random_batch(8, 128)
+    model = base_model()
+    older = OlderForPreTraining(copy.deepcopy(model))
+    steps = {
+        "older": training_step(older, batch, plain_adamw(older)),
+        "mixlm": training_step(model, batch, fused_adamw(model)),
+    }
+    peers = {name: peer(name) for name in PEERS}
+    steps |= {name: training_step(each, batch, fused_adamw(each)) for name, each in peers.items()}
+    seconds = interleaved(steps, PAIRS)
+    shape = "12 layers, 8 x 128"
+    results = [
+        result
+        for result in ratios(seconds, "train_step_8x128", ">= 2.3", shape, PAIRS)
+        if result.name != "train_step_8x128_vs_bert"
+    ]
+    # In the plain form, which computes nothing twice: what is done again is no work done.
+    counted = {"mixlm": base_model(kernels="plain").train(), "bert": peers["bert"]}
+    operations = {
+        name: count_operations(lambda each=each: loss_of(each, batch).backward()) for name, each in counted.items()
+    }
+    rates = {name: operations[name] / medians(seconds)[name] for name in operations}
+    peak = gemm_peak()
+    return [
+        *results,
+        Result("train_step_vs_bert", median_ratio(seconds["bert"], seconds["mixlm"]), "x", ">= 1.0", shape, 1, PAIRS),
+        Result("train_step_flop_rate_vs_bert", rates["mixlm"] / rates["bert"], "x", ">= 1.1", shape, 1, PAIRS),
+        Result("train_step_flop_rate", rates["mixlm"] / peak, "of peak", "", shape, 1, PAIRS),
+    ]
+
+
+def long_train_step() -> list[Result]:
+    """Training step of long texts, mixlm-base: times faster than the older formulation"""
+    torch.set_num_threads(1)
+    batch = random_batch(2, 512)
+    model = base_model()
+    older = OlderForPreTraining(copy.deepcopy(model))
+    seconds = interleaved(
+        {
+            "older": training_step(older, batch, plain_adamw(older)),
+            "mixlm": training_step(model, batch, fused_adamw(model)),
+        },
+        PAIRS,
+    )
+    return ratios(seconds, "train_step_2x512", ">= 2.4", "12 layers, 2 x 512", PAIRS)
+
+
+def prepare_backward(kernels: str, rows: int, length: int) -> Callable[[], object]:
+    """Forward and backward of mixlm-base; `kernels` "older" is the older formulation."""
+    model = base_model(length, **({} if kernels == "older" else {"kernels": kernels})).train()
+    if kernels == "older":
+        model = OlderForPreTraining(model).train()
+    batch = random_batch(rows, length)
+    return lambda: loss_of(model, batch).backward()
+
+
+def train_memory() -> list[Result]:
+    """Peak memory of forward and backward above the idle model, mixlm-base: share of the older formulation's"""
+    rows, length = 1, 2048
+    peaks = {
+        kernels: peak_memory("model_rows:prepare_backward", kernels=kernels, rows=rows, length=length)
+        for kernels in ("older", "auto", "fused", "plain")
+    }
+    shape = f"12 layers, {rows} x {length}"
+    return [
+        Result("train_memory_1x2048", peaks["auto"] / peaks["older"], "x", "<= 0.32", shape, 1, 1),
+        Result("train_memory_1x2048_fused", peaks["fused"] / peaks["older"], "x", "", shape, 1, 1),
+        Result("train_memory_1x2048_plain", peaks["plain"] / peaks["older"], "x", "", shape, 1, 1),
+    ]
+
+
+class ExpertLoop(nn.Module):
+    """The experts of a `SwitchFeedForward` as modules of their own, one after the other over the tokens they get."""
+
+    def __init__(self, feed_forward: SwitchFeedForward):
+        super().__init__()
+        given = feed_forward.experts
+        experts, width, hidden = given.up_weight.shape
+        self.act_fn = given.act_fn
+        self.up = nn.ModuleList(nn.Linear(hidden, width) for _ in range(experts))
+        self.down = nn.ModuleList(nn.Linear(width, hidden) for _ in range(experts))
+
+    def forward(self, tokens: Tensor, expert: Tensor) -> Tensor:
+        output = torch.zeros_like(tokens)
+        for number, (up, down) in enumerate(zip(self.up, self.down, strict=True)):
+            chosen = expert == number
+            output[chosen] = down(self.act_fn(up(tokens[chosen])))
+        return output
+
+
+def switch_feed_forward() -> list[Result]:
+    """Switch feed-forward, forward and backward"""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    hidden = torch.randn(8, 128, HIDDEN, requires_grad=True)
+    gradient = torch.randn_like(hidden)
+    plain = Kernels(fused=False, recompute=False)
+
+    def work(feed_forward: SwitchFeedForward) -> Callable[[], None]:
+        def run() -> None:
+            feed_forward(hidden, None, plain)[0].backward(gradient)
+            feed_forward.zero_grad()
+
+        return run
+
+    models = {}
+    for experts in (4, 32):
+        config = MixLMSwitchConfig.from_preset("mixlm-switch-base", n_experts=experts, num_hidden_layers=3)
+        feed_forward = MixLMSwitchForPreTraining(config).encoder.stack.feed_forwards[0].train()
+        models[f"{experts} experts"] = feed_forward
+        if experts == 4:
+            models["loop"] = copy.deepcopy(feed_forward)
+            models["loop"].experts = ExpertLoop(feed_forward)
+    pairs = 11
+    seconds = interleaved({name: work(model) for name, model in models.items()}, pairs)
+    few, many = seconds["4 experts"], seconds["32 experts"]
+    shape = "8 x 128 tokens, 512 -> 2048"
+    return [
+        Result("switch_ffn_4_experts", median_ratio(seconds["loop"], few), "x", ">= 1.15", shape, 1, pairs),
+        Result("switch_ffn_32_over_4", median_ratio(many, few), "x", "<= 1.3", shape, 1, pairs),
+    ]
+
+
+def prepare_mlm_head(all_positions: bool, rows: int, length: int) -> Callable[[], object]:
+    """Forward and backward of the MLM head over a given hidden state."""
+    torch.manual_seed(0)
+    model = MixLMForMaskedLM(MixLMConfig.from_preset("mixlm-base", vocab_size=VOCABULARY, num_hidden_layers=3))
+    hidden = torch.randn(rows, length, HIDDEN, requires_grad=True)
+    labels = random_batch(rows, length)["labels"]
+
+    def work() -> None:
+        if all_positions:
+            logits = model.mlm_head(hidden)
+            loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE)
+        else:
+            loss = masked_lm_loss(*model.predict_tokens(hidden, labels))
+        loss.backward()
+        model.zero_grad()
+
+    return work
+
+
+def mlm_head() -> list[Result]:
+    """MLM head at labelled tokens against all positions, forward and backward"""
+    torch.set_num_threads(1)
+    rows, length, pairs = 32, 128, 5
+    heads = {name: prepare_mlm_head(name == "all", rows, length) for name in ("all", "labelled")}
+    seconds = interleaved(heads, pairs)
+    peaks = {
+        name: peak_memory("model_rows:prepare_mlm_head", all_positions=name == "all", rows=rows, length=length)
+        for name in heads
+    }
+    shape = f"{rows} x {length} tokens, 15% labelled, vocabulary {VOCABULARY:,}"
+    ratio = median_ratio(seconds["all"], seconds["labelled"])
+    return [
+        Result("mlm_head_time", ratio, "x", ">= 5.5", shape, 1, pairs),
+        Result("mlm_head_memory", peaks["labelled"] / peaks["all"], "x", "<= 0.15", shape, 1, 1),
+    ]
+
+
+def peer_names(name: str, but: str = "") -> tuple[str, ...]:
+    """The names of `ratios`."""
+    return (name, *(f"{name}_vs_{each}" for each in PEERS if each != but))
+
+
+def peer_descriptions(name: str, what: str) -> dict[str, str]:
+    """What the rows of `peer_names` are."""
+    return {f"{name}_vs_{each}": f"{what}: times faster than transformers' {each}" for each in PEERS}
+
+
+ROWS = [
+    Row(
+        peer_names("encoder_forward_8x128"),
+        encoder_forward,
+        peer_descriptions("encoder_forward_8x128", "Encoder forward pass, equal hidden size and layers"),
+    ),
+    Row(
+        (
+            *peer_names("train_step_8x128", but="bert"),
+            "train_step_vs_bert",
+            "train_step_flop_rate_vs_bert",
+            "train_step_flop_rate",
+        ),
+        train_step,
+        {
+            **peer_descriptions("train_step_8x128", "Training step, equal hidden size, layers and heads"),
+            "train_step_vs_bert": "Training step, equal hidden size and layers: times faster than BertModel (sdpa)",
+            "train_step_flop_rate_vs_bert": "Operations a second in a training step: times BertModel's",
+            "train_step_flop_rate": "Operations a second in a training step, as a share of the GEMM peak",
+        },
+    ),
+    Row(("train_step_2x512",), long_train_step),
+    Row(
+        ("train_memory_1x2048", "train_memory_1x2048_fused", "train_memory_1x2048_plain"),
+        train_memory,
+        {
+            "train_memory_1x2048_fused": 'The same with kernels="fused" ("auto" is "lean" at this length)',
+            "train_memory_1x2048_plain": 'The same with kernels="plain"',
+        },
+    ),
+    Row(
+        ("switch_ffn_4_experts", "switch_ffn_32_over_4"),
+        switch_feed_forward,
+        {
+            "switch_ffn_4_experts": "Switch feed-forward, forward + backward: times faster than a loop over 4 experts",
+            "switch_ffn_32_over_4": "Switch feed-forward, forward + backward: time of 32 experts over that of 4",
+        },
+    ),
+    Row(
+        ("mlm_head_time", "mlm_head_memory"),
+        mlm_head,
+        {
+            "mlm_head_time": "MLM head at labelled tokens, forward + backward: times faster than at all positions",
+            "mlm_head_memory": "MLM head at labelled tokens, forward + backward: share of all positions' peak memory",
+        },
+    ),
+]
