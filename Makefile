@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DEMO := demo-output
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint format bench clean
+.PHONY: help demo test test-all lint format bench bench-growth clean
 
 help:  ## Show this help
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +41,9 @@ format: $(VENV)/installed  ## Mend style
 
 bench: $(VENV)/installed  ## Measure speed and memory: benchmarks/results.json and its README (half an hour)
 	$(BIN)/python benchmarks/run.py
+
+bench-growth: $(VENV)/installed  ## Measure how the cost of a step grows: benchmarks/growth.png and its README (8 minutes)
+	$(BIN)/python benchmarks/growth.py
 
 clean:  ## Remove what the targets made
 	rm -rf $(VENV) $(DEMO) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -7,7 +7,7 @@
     python benchmarks/growth.py --steps 5                    more timed steps a point
 
 growth.json, growth.png and the table in README.md are kept up after every series, so a run may be stopped at any time.
-All series take about {minutes} minutes of one core, and 8 GiB. Close other programs first.
+All series take about {minutes} minutes of one core, and 12 GiB at the most. Close other programs first.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from mixlm.training.optimization import build_optimizer
 
 DATA, PICTURE, README = "growth.json", "growth.png", "README.md"
 MARKER = "<!-- growth -->"  # before and after the table in README.md
-MINUTES = 7  # of one core, for all series
+MINUTES = 8  # of one core, for all series
 
 FEWEST_STEPS = 3
 TOKENS_OF_LENGTHS = 4096  # of every step of the series of lengths
@@ -127,38 +127,40 @@ SERIES = {
         "length of a text, tokens",
         "mixlm-base with 3 layers, 4,096 tokens a step",
         plan_length,
-        "B texts of L tokens with B x L fixed: convolutions, dense layers and heads cost the same at every length, and "
-        "attention scores (B x L² a map) grow as L, so time goes from L^0 towards L^1; in memory one buffer of scores "
-        "and one of their gradient serve all layers and also grow as L, while from 1,024 tokens on the activations of "
-        "the feed-forward are computed twice instead of kept, which is a step down there.",
+        "B texts of L tokens with B x L fixed: convolutions, dense layers and heads cost the same at every length, "
+        "and attention scores (B x L² a map) grow as L, so time goes from L^0 towards L^1; in memory one buffer of "
+        "scores and one of their gradient serve all layers and also grow as L, while from 1,024 tokens on the "
+        "activations of the feed-forward are computed twice instead of kept, which is a step down there.",
     ),
     "layers": Series(
         doublings(3, 24),
         "layers",
         "mixlm-base, layer_group 3, 4 x 128 tokens",
         plan_layers,
-        "every layer computes, and keeps its activations, whether or not it shares parameters, so both go towards the "
-        "first power from below: embeddings, MLM head and their AdamW (16 million parameters) do not grow, nor does "
-        "the one buffer of scores; of the parameters attention grows by layers and the feed-forward, 8 times as large, "
-        "by groups of 3 layers.",
+        "every layer computes, and keeps its activations, whether or not it shares parameters, so both go towards "
+        "the first power from below: embeddings, MLM head and their AdamW (16 million parameters) do not grow, nor "
+        "does the one buffer of scores, and with few layers the peak of memory is at the end of the backward pass "
+        "(all gradients, the embedding's twice) and not at its beginning (all activations); of the parameters "
+        "attention grows by layers and the feed-forward, 8 times as large, by groups of 3 layers.",
     ),
     "experts": Series(
         doublings(4, 128),
         "experts",
         "mixlm-switch-base with 3 layers in one group, 8 x 128 tokens",
         plan_experts,
-        "a token meets 1 expert however many there are, so the products of a step stay the same (a router's C x E are "
-        "few); gradients and AdamW are of all parameters, E x 2CF, and every expert's weights are read for ever fewer "
-        "tokens, so time goes from E^0 towards E^1, and memory, which is mostly gradients, is there sooner.",
+        "a token meets 1 expert however many there are, so the products of a step stay the same (a router's C x E "
+        "are few); gradients and AdamW are of all parameters, E x 2CF, and every expert's weights are read for ever"
+        " fewer tokens, so time goes from E^0 towards E^1, and memory, which is mostly gradients, gets there sooner.",
     ),
     "vocabulary": Series(
         doublings(8000, 128000),
         "vocabulary, tokens",
         "mixlm-base with 3 layers, 8 x 128 tokens",
         plan_vocabulary,
-        "the decoder meets only the labelled 15 % of the tokens, so the products and logits of V are small beside the "
-        "encoder, which does not know V; the gradient of the tied embedding (V x C, from both of its uses) and AdamW "
-        "are linear in V and are not of the labelled tokens alone, so both go from V^0 towards V^1.",
+        "the decoder meets only the labelled 15 % of the tokens, which makes its products and logits 7 times fewer,"
+        " but they are linear in V (at 128,000 they are as many as the encoder's, which do not know V); the "
+        "gradient of the tied embedding (V x C, once from each of its two uses) and AdamW are linear in V whatever "
+        "is labelled, so both go from V^0 towards V^1.",
     ),
 }
 
@@ -215,9 +217,11 @@ def measure_series(name: str, steps: int) -> list[Point]:
     series = SERIES[name]
     print(f"{name}: {series.shape}; memory ...", flush=True)
     memory = {value: peak_memory("growth:prepare_step", name=name, value=value) for value in series.values}
-    print(f"  time, {steps} steps in turns after one that warms up ...", flush=True)
+    print(f"  time, {steps} steps in turns ...", flush=True)
     built = {value: build_step(series.plan(value)) for value in series.values}
-    seconds = medians(interleaved({str(value): step for value, (step, _) in built.items()}, pairs=steps))
+    # No round warms up: a tiny step did already (`build_step`), and the median leaves a slow first one out.
+    competitors = {str(value): step for value, (step, _) in built.items()}
+    seconds = medians(interleaved(competitors, pairs=steps, warm_up=0))
     points = [Point(value, seconds[str(value)], memory[value], built[value][1]) for value in series.values]
     for point in points:
         print(f"  {point.value:>7,}: {point.seconds:7.2f} s {point.memory / 2**20:9,.0f} MiB", flush=True)
@@ -264,7 +268,9 @@ def read_points(path: Path) -> dict[str, list[Point]]:
         kept = json.loads(path.read_text("utf-8"))
         return {name: [Point(**point) for point in kept[name]["points"]] for name in SERIES if name in kept}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{path}: not the points of series ({one_line(error)}); delete it and measure again") from error
+        raise UserError(
+            f"{path}: not the points of series ({one_line(error)}); delete it and measure again"
+        ) from error
 
 
 def keep(kept: dict[str, list[Point]], folder: Path) -> None:
@@ -375,7 +381,9 @@ def draw(kept: dict[str, list[Point]], out: Path) -> None:
             side.set_ylabel(f"{label} of a step, {unit}", color=colour)
             side.tick_params(axis="y", which="both", labelcolor=colour)
             side.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-            side.yaxis.set_major_formatter(ticker.FuncFormatter(lambda cost, _: f"{cost:,.4g}"))
+            side.yaxis.set_major_formatter(
+                ticker.FuncFormatter(lambda cost, _: f"{cost:,.0f}" if cost >= 100 else f"{cost:.3g}")
+            )
             side.yaxis.set_minor_formatter(ticker.NullFormatter())
         axis.set_xticks(values, [f"{value:,}" for value in values])
         axis.xaxis.set_minor_locator(ticker.NullLocator())

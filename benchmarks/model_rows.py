@@ -29,7 +29,7 @@ from transformers import (
 from mixlm import MixLMConfig, MixLMForMaskedLM, MixLMForPreTraining, MixLMSwitchConfig, MixLMSwitchForPreTraining
 from mixlm.heads import IGNORE, MaskedLMHead, SentenceOrderHead, masked_lm_loss
 from mixlm.kernels import Kernels
-from mixlm.modeling_switch import SwitchFeedForward
+from mixlm.modeling_switch import SwitchFeedForward, within_capacity
 from mixlm.profiling import count_operations
 from mixlm.training.optimization import build_optimizer
 
@@ -313,17 +313,35 @@ class ExpertLoop(nn.Module):
         return output
 
 
+class LoopFeedForward(nn.Module):
+    """A `SwitchFeedForward` whose experts are a loop: every expert looks for its tokens among all."""
+
+    def __init__(self, feed_forward: SwitchFeedForward):
+        super().__init__()
+        self.config, self.router, self.dropout = feed_forward.config, feed_forward.router, nn.Dropout(0.1)
+        self.experts = ExpertLoop(feed_forward)
+
+    def forward(self, hidden: Tensor, token_mask: None, kernels: Kernels) -> tuple[Tensor, Tensor]:
+        router_logits = self.router(hidden)
+        probability, expert = router_logits.softmax(dim=-1).max(dim=-1)
+        real = torch.ones_like(expert, dtype=torch.bool)
+        routed = within_capacity(expert, real, self.config.n_experts, self.config.capacity_factor)
+        transformed = torch.zeros_like(hidden)
+        transformed[routed] = self.experts(hidden[routed], expert[routed]) * probability[routed, None]
+        return self.dropout(transformed), router_logits
+
+
 def switch_feed_forward() -> list[Result]:
     """Switch feed-forward, forward and backward"""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    hidden = torch.randn(8, 128, HIDDEN, requires_grad=True)
+    hidden = torch.randn(32, 128, HIDDEN, requires_grad=True)
     gradient = torch.randn_like(hidden)
-    plain = Kernels(fused=False, recompute=False)
+    kernels = Kernels(fused=True, recompute=False)
 
     def work(feed_forward: SwitchFeedForward) -> Callable[[], None]:
         def run() -> None:
-            feed_forward(hidden, None, plain)[0].backward(gradient)
+            feed_forward(hidden, None, kernels)[0].backward(gradient)
             feed_forward.zero_grad()
 
         return run
@@ -334,12 +352,11 @@ def switch_feed_forward() -> list[Result]:
         feed_forward = MixLMSwitchForPreTraining(config).encoder.stack.feed_forwards[0].train()
         models[f"{experts} experts"] = feed_forward
         if experts == 4:
-            models["loop"] = copy.deepcopy(feed_forward)
-            models["loop"].experts = ExpertLoop(feed_forward)
+            models["loop"] = LoopFeedForward(copy.deepcopy(feed_forward)).train()
     pairs = 11
     seconds = interleaved({name: work(model) for name, model in models.items()}, pairs)
     few, many = seconds["4 experts"], seconds["32 experts"]
-    shape = "8 x 128 tokens, 512 -> 2048"
+    shape = "32 x 128 tokens, 512 -> 2048"
     return [
         Result("switch_ffn_4_experts", median_ratio(seconds["loop"], few), "x", ">= 1.15", shape, 1, pairs),
         Result("switch_ffn_32_over_4", median_ratio(many, few), "x", "<= 1.3", shape, 1, pairs),

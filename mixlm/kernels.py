@@ -66,13 +66,18 @@ def choose_kernels(setting: str, hidden: Tensor, plain_needed: bool) -> Kernels:
 def is_bare(module: nn.Module, its_class: type[nn.Module]) -> bool:
     """Whether calling the module does what its class says and nothing else, so that its weights may be used directly.
 
-    Not so after it was swapped for another (adapters, quantisation, sharding), or with hooks (probing, offloading).
+    Not so after it or a weight was swapped for another (adapters, quantisation, sharding), or with hooks (probing,
+    offloading).
     """
+    hooks = (
+        *(module._forward_hooks, module._forward_pre_hooks),
+        *(module._backward_hooks, module._backward_pre_hooks),
+    )
     return (
         type(module) is its_class
         and "forward" not in vars(module)
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
+        and not any(hooks)
+        and all(type(parameter) is nn.Parameter for parameter in module.parameters(recurse=False))
     )
 
 
@@ -193,12 +198,14 @@ def reversible_residual_attention(
 
     Returns:
         the attended values [B, L, E, D] and the raw scores to carry on [B, E, L, L]: the memory of `previous_scores`,
-        with other content. A backward pass can therefore run only once.
+        with other content. A backward pass can therefore run only once, and only through all layers that were run.
     """
     seed = draw_seed() if dropout else 0
     attended, scores = _ReversibleAttention.apply(
         *to_autocast(queries, keys, values), previous_scores, attention_mask, dropout, seed
     )
+    if scores.grad_fn is not None:
+        scores.grad_fn.version = scores._version
     return attended, scores
 
 
@@ -237,6 +244,11 @@ class _ReversibleAttention(torch.autograd.Function):
             raise RuntimeError(
                 "the attention scores were used up by an earlier backward pass; a model that is differentiated twice "
                 'needs the configuration field kernels="plain"'
+            )
+        if by_scores is None and scores._version != ctx.version:  # else the next layer has led back to this one
+            raise RuntimeError(
+                "later layers, which take no part in this backward pass, have changed the attention scores; a loss "
+                'that depends on the hidden states of inner layers alone needs the configuration field kernels="plain"'
             )
         by_scores = torch.zeros_like(scores) if by_scores is None else by_scores
         by_queries, by_keys, by_values = (torch.empty_like(tensor) for tensor in (queries, keys, values))
@@ -392,14 +404,15 @@ class _FusedFeedForward(torch.autograd.Function):
         windows = _Windows(hidden, token_mask, [weight.shape[-1] for weight in weights], ctx.slices)
         kernels = [_as_matrices(weight, ctx.slices) for weight in weights]
         bias = _as_one(biases, ctx.slices)
-        by_kernels = [torch.zeros_like(kernel) for kernel in kernels]
-        by_dense_weight, by_padded = torch.zeros_like(dense_weight), torch.zeros_like(windows.padded)
+        by_kernels = [torch.empty_like(kernel) for kernel in kernels]
+        by_dense_weight, by_padded = torch.empty_like(dense_weight), torch.zeros_like(windows.padded)
         width = dense_weight.shape[1]
         by_biases = hidden.new_zeros(width)
         active_block, by_active_block = hidden.new_empty(2, windows.rows, width).unbind()
         recomputed = hidden.new_empty(windows.rows, width) if kept is None else None
         by_output = by_output.contiguous()
-        for texts, tokens in windows.blocks():
+        for number, (texts, tokens) in enumerate(windows.blocks()):
+            beta = 0 if number == 0 else 1  # the first block writes the gradients of the weights, the others add
             by_target = by_output[texts, tokens].flatten(0, 1)
             active, by_active = active_block[: len(by_target)], by_active_block[: len(by_target)]
             if kept is None:
@@ -408,12 +421,12 @@ class _FusedFeedForward(torch.autograd.Function):
             else:
                 entering = kept[texts, tokens].flatten(0, 1)
             ACTIVATIONS[ctx.activation].forward(entering, out=active)
-            by_dense_weight.addmm_(by_target.T, active)
+            by_dense_weight.addmm_(by_target.T, active, beta=beta)
             torch.mm(by_target, dense_weight, out=by_active)
             by_entering = active  # no longer needed, and of the right shape
             ACTIVATIONS[ctx.activation].backward(by_active, entering, grad_input=by_entering)
             by_biases += by_entering.sum(dim=0)
-            windows.convolve_back(kernels, by_entering, (texts, tokens), by_padded, by_kernels)
+            windows.convolve_back(kernels, by_entering, (texts, tokens), by_padded, by_kernels, beta)
         by_hidden = windows.inside(by_padded)
         if token_mask is not None:
             by_hidden = by_hidden * token_mask
@@ -477,12 +490,14 @@ class _Windows:
         block: tuple[slice, slice],
         by_padded: Tensor,
         by_kernels: list[Tensor],
+        beta: int,
     ) -> None:
-        """Add what a block's gradient [rows, F] says of the kernels and of the padded input to their gradients."""
+        """Add what a block's gradient [rows, F] says of the kernels and of the padded input to their gradients; with
+        `beta` 0, what stands in those of the kernels is overwritten."""
         parts = zip(kernels, by_kernels, self._by_group(by_output), strict=True)
         for group, (kernel, by_kernel, by_group) in enumerate(parts):
             matrices = self._matrices(block, group)
-            by_kernel.baddbmm_(by_group.transpose(1, 2), matrices)
+            by_kernel.baddbmm_(by_group.transpose(1, 2), matrices, beta=beta)
             torch.bmm(by_group, kernel, out=matrices)
             windows = self._windows(by_padded, block, group)
             for window, part in zip(windows.unbind(dim=3), matrices.view(windows.shape).unbind(dim=3), strict=True):
@@ -524,3 +539,100 @@ def _as_convolution(kernels: Tensor, weight: Tensor) -> Tensor:
 def _as_one(biases: list[Tensor], slices: int) -> Tensor:
     """The biases of the kernel groups, [E x rows] each -> the bias of the whole width [F], slice by slice."""
     return torch.stack([bias.view(slices, -1) for bias in biases], dim=1).flatten()
+
+
+# -- experts ---------------------------------------------------------------------------------------------------------
+
+
+def expert_feed_forward(
+    tokens: Tensor,
+    counts: list[int],
+    up_weight: Tensor,
+    up_bias: Tensor,
+    down_weight: Tensor,
+    down_bias: Tensor,
+    activation: str,
+    recompute: bool,
+) -> Tensor:
+    """Each token through the feed-forward network of its expert, as one function: [T, C] -> [T, C].
+
+    Autograd would make the gradient of every expert's weights on its own and then copy all of them into that of the
+    stack; here each is computed where it belongs. An expert without tokens gets a gradient of zero. As in
+    `mixed_kernel_feed_forward`, the input of the activation function is kept, or nothing of width F.
+
+    Args:
+        tokens: [T, C], those of expert 0 first, then those of expert 1, ...
+        counts: how many tokens each expert has.
+        up_weight, up_bias: [E, F, C] and [E, F].
+        down_weight, down_bias: [E, C, F] and [E, C].
+        activation: a name in ACTIVATIONS.
+        recompute: compute the first layer again in the backward pass.
+    """
+    keep = torch.is_grad_enabled() and not recompute
+    tensors = to_autocast(tokens, up_weight, up_bias, down_weight, down_bias)
+    return _FusedExperts.apply(counts, activation, keep, *tensors)
+
+
+def _expert_blocks(counts: list[int]) -> Iterator[tuple[int, slice, int]]:
+    """At most TOKENS_PER_BLOCK tokens at once: the expert, its rows, and how many of its rows came before."""
+    first = 0
+    for expert, count in enumerate(counts):
+        for before in range(0, count, TOKENS_PER_BLOCK):
+            yield expert, slice(first + before, first + min(before + TOKENS_PER_BLOCK, count)), before
+        first += count
+
+
+class _FusedExperts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, counts, activation, keep, tokens, up_weight, up_bias, down_weight, down_bias):
+        width = up_weight.shape[1]
+        block = min(TOKENS_PER_BLOCK, max(counts))
+        entering_block, active_block = tokens.new_empty(2, block, width).unbind()
+        kept = tokens.new_empty(len(tokens), width) if keep else None
+        output = torch.empty_like(tokens)
+        for expert, rows, _ in _expert_blocks(counts):
+            size = rows.stop - rows.start
+            entering = kept[rows] if keep else entering_block[:size]
+            torch.addmm(up_bias[expert], tokens[rows], up_weight[expert].T, out=entering)
+            active = active_block[:size]
+            ACTIVATIONS[activation].forward(entering, out=active)
+            torch.addmm(down_bias[expert], active, down_weight[expert].T, out=output[rows])
+        ctx.save_for_backward(tokens, kept, up_weight, up_bias, down_weight)
+        ctx.counts, ctx.activation = counts, activation
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, by_output):
+        tokens, kept, up_weight, up_bias, down_weight = ctx.saved_tensors
+        by_output = by_output.contiguous()
+        width = up_weight.shape[1]
+        block = min(TOKENS_PER_BLOCK, max(ctx.counts))
+        active_block, by_active_block, recomputed = tokens.new_empty(3, block, width).unbind()
+        by_tokens = torch.empty_like(tokens)
+        by_up_weight, by_down_weight = torch.empty_like(up_weight), torch.empty_like(down_weight)
+        by_up_bias = torch.zeros_like(up_bias)
+        by_down_bias = tokens.new_zeros(down_weight.shape[:2])
+        for expert, count in enumerate(ctx.counts):
+            if count == 0:
+                by_up_weight[expert].zero_()
+                by_down_weight[expert].zero_()
+        for expert, rows, before in _expert_blocks(ctx.counts):
+            size = rows.stop - rows.start
+            active, by_active = active_block[:size], by_active_block[:size]
+            if kept is None:
+                entering = recomputed[:size]
+                torch.addmm(up_bias[expert], tokens[rows], up_weight[expert].T, out=entering)
+            else:
+                entering = kept[rows]
+            beta = 0 if before == 0 else 1  # the first block of an expert writes its gradient, the others add to it
+            ACTIVATIONS[ctx.activation].forward(entering, out=active)
+            by_down_weight[expert].addmm_(by_output[rows].T, active, beta=beta)
+            by_down_bias[expert] += by_output[rows].sum(dim=0)
+            torch.mm(by_output[rows], down_weight[expert], out=by_active)
+            by_entering = active  # no longer needed, and of the right shape
+            ACTIVATIONS[ctx.activation].backward(by_active, entering, grad_input=by_entering)
+            by_up_weight[expert].addmm_(by_entering.T, tokens[rows], beta=beta)
+            by_up_bias[expert] += by_entering.sum(dim=0)
+            torch.mm(by_entering, up_weight[expert], out=by_tokens[rows])
+        return None, None, None, by_tokens, by_up_weight, by_up_bias, by_down_weight, by_down_bias

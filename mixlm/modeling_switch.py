@@ -28,7 +28,7 @@ from .heads import (
     RetrievalHeads,
     at_least_float32,
 )
-from .kernels import Dropout, Kernels
+from .kernels import Dropout, Kernels, expert_feed_forward
 from .modeling_mixlm import Embeddings, EncoderLayer, EncoderStack, MixLMPreTrainedModel, ResidualAttention
 
 
@@ -68,12 +68,19 @@ class Experts(nn.Module):
         self.up_bias = nn.Parameter(torch.empty(experts, width))
         self.down_weight = nn.Parameter(torch.empty(experts, hidden, width))
         self.down_bias = nn.Parameter(torch.empty(experts, hidden))
-        self.act_fn = ACT2FN[config.act_fn]
+        self.activation, self.act_fn = config.act_fn, ACT2FN[config.act_fn]
 
-    def forward(self, tokens: Tensor, expert: Tensor) -> Tensor:
-        """tokens [T, C] and the expert of each [T] -> [T, C]. An expert without tokens gets a zero gradient."""
-        order = expert.argsort(stable=True)
-        counts = expert.bincount(minlength=len(self.up_weight)).tolist()
+    def forward(self, tokens: Tensor, counts: list[int], kernels: Kernels) -> Tensor:
+        """[T, C] -> [T, C]: the first counts[0] tokens through expert 0, the next counts[1] through expert 1, ...
+
+        An expert without tokens gets a zero gradient.
+        """
+        if kernels.fused and len(tokens):
+            return expert_feed_forward(
+                *(tokens, counts, self.up_weight, self.up_bias, self.down_weight, self.down_bias),
+                activation=self.activation,
+                recompute=kernels.recompute,
+            )
         # unbind, not indexing: W[e] would make a full-size gradient of the stack for each expert.
         parameters = zip(
             self.up_weight.unbind(),
@@ -85,10 +92,10 @@ class Experts(nn.Module):
         outputs = [
             F.linear(self.act_fn(F.linear(chunk, up_weight, up_bias)), down_weight, down_bias)
             for chunk, (up_weight, up_bias, down_weight, down_bias) in zip(
-                tokens[order].split(counts), parameters, strict=True
+                tokens.split(counts), parameters, strict=True
             )
         ]
-        return torch.cat(outputs)[order.argsort()]
+        return torch.cat(outputs)
 
 
 class SwitchFeedForward(nn.Module):
@@ -117,9 +124,12 @@ class SwitchFeedForward(nn.Module):
             routed = within_capacity(expert, routed, self.config.n_experts, self.config.capacity_factor)
         if self.config.router_scaling == "straight-through":
             probability = probability / probability.detach()
-        outputs = self.experts(hidden[routed], expert[routed]) * probability[routed, None].to(hidden.dtype)
-        transformed = torch.zeros_like(hidden)
-        transformed[routed] = outputs.to(hidden.dtype)
+        tokens, expert, probability = hidden.flatten(0, 1), expert.flatten(), probability.flatten()
+        expert = expert.masked_fill(~routed.flatten(), self.config.n_experts)  # behind all experts
+        counts = expert.bincount(minlength=self.config.n_experts + 1)[:-1].tolist()
+        places = expert.argsort(stable=True)[: sum(counts)]
+        outputs = self.experts(tokens[places], counts, kernels) * probability[places, None].to(hidden.dtype)
+        transformed = torch.zeros_like(tokens).index_copy(0, places, outputs.to(hidden.dtype)).view_as(hidden)
         return self.dropout(transformed), router_logits
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-ROWS_PER_BATCH = 1 << 20  # of a file; what is held in memory while one is written
+ROWS_PER_BATCH = 1 << 17  # of a file; what is held in memory while one is written, for each column
 
 
 class ArrowColumn:
