@@ -188,23 +188,6 @@ def plain_adamw(model: nn.Module) -> torch.optim.AdamW:
     return torch.optim.AdamW(model.parameters(), lr=1e-4)
 
 
-def ratios(seconds: dict[str, list[float]], name: str, target: str, shape: str, pairs: int) -> list[Result]:
-    """How many times faster mixlm is than the older formulation (`name`) and each peer (`name`_vs_PEER)."""
-    return [
-        Result(
-            name if other == "older" else f"{name}_vs_{other}",
-            median_ratio(taken, seconds["mixlm"]),
-            "x",
-            target if other == "older" else "",
-            shape,
-            1,
-            pairs,
-        )
-        for other, taken in seconds.items()
-        if other != "mixlm"
-    ]
-
-
 @torch.no_grad()
 def encoder_forward() -> list[Result]:
     """Encoder forward pass, mixlm-base: times faster than the older formulation"""
@@ -217,47 +200,34 @@ def encoder_forward() -> list[Result]:
     seconds = interleaved(
         {name: (lambda encoder=encoder: encoder(**inputs)) for name, encoder in competitors.items()}, PAIRS + 2
     )
-    return ratios(seconds, "encoder_forward_8x128", ">= 1.8", "12 layers, 8 x 128", PAIRS + 2)
+    return [
+        Result(
+            "encoder_forward_8x128" if name == "older" else f"encoder_forward_vs_{name}",
+            median_ratio(taken, seconds["mixlm"]),
+            "x",
+            ">= 1.8" if name == "older" else "",
+            f"{LAYERS} layers, 8 x 128",
+            1,
+            PAIRS + 2,
+        )
+        for name, taken in seconds.items()
+        if name != "mixlm"
+    ]
 
 
 def train_step() -> list[Result]:
     """Training step (forward, backward, AdamW; MLM + SOP), mixlm-base: times faster than the older formulation"""
-    torch.set_num_threads(1)
-    batch = random_batch(8, 128)
-    model = base_model()
-    older = OlderForPreTraining(copy.deepcopy(model))
-    steps = {
-        "older": training_step(older, batch, plain_adamw(older)),
-        "mixlm": training_step(model, batch, fused_adamw(model)),
-    }
-    peers = {name: peer(name) for name in PEERS}
-    steps |= {name: training_step(each, batch, fused_adamw(each)) for name, each in peers.items()}
-    seconds = interleaved(steps, PAIRS)
-    shape = "12 layers, 8 x 128"
-    results = [
-        result
-        for result in ratios(seconds, "train_step_8x128", ">= 2.3", shape, PAIRS)
-        if result.name != "train_step_8x128_vs_bert"
-    ]
-    # In the plain form, which computes nothing twice: what is done again is no work done.
-    counted = {"mixlm": base_model(kernels="plain").train(), "bert": peers["bert"]}
-    operations = {
-        name: count_operations(lambda each=each: loss_of(each, batch).backward()) for name, each in counted.items()
-    }
-    rates = {name: operations[name] / medians(seconds)[name] for name in operations}
-    peak = gemm_peak()
-    return [
-        *results,
-        Result("train_step_vs_bert", median_ratio(seconds["bert"], seconds["mixlm"]), "x", ">= 1.0", shape, 1, PAIRS),
-        Result("train_step_flop_rate_vs_bert", rates["mixlm"] / rates["bert"], "x", ">= 1.1", shape, 1, PAIRS),
-        Result("train_step_flop_rate", rates["mixlm"] / peak, "of peak", "", shape, 1, PAIRS),
-    ]
+    return [_against_older("train_step_8x128", ">= 2.3", 8, 128)]
 
 
 def long_train_step() -> list[Result]:
     """Training step of long texts, mixlm-base: times faster than the older formulation"""
+    return [_against_older("train_step_2x512", ">= 2.4", 2, 512)]
+
+
+def _against_older(name: str, target: str, rows: int, length: int) -> Result:
     torch.set_num_threads(1)
-    batch = random_batch(2, 512)
+    batch = random_batch(rows, length)
     model = base_model()
     older = OlderForPreTraining(copy.deepcopy(model))
     seconds = interleaved(
@@ -267,7 +237,41 @@ def long_train_step() -> list[Result]:
         },
         PAIRS,
     )
-    return ratios(seconds, "train_step_2x512", ">= 2.4", "12 layers, 2 x 512", PAIRS)
+    ratio = median_ratio(seconds["older"], seconds["mixlm"])
+    return Result(name, ratio, "x", target, f"{LAYERS} layers, {rows} x {length}", 1, PAIRS)
+
+
+def train_step_of_peers() -> list[Result]:
+    """Training step, equal hidden size, layers and heads"""
+    torch.set_num_threads(1)
+    batch = random_batch(8, 128)
+    models = {"mixlm": base_model(), **{name: peer(name) for name in PEERS}}
+    seconds = interleaved(
+        {name: training_step(model, batch, fused_adamw(model)) for name, model in models.items()}, PAIRS
+    )
+    # In the plain form, which computes nothing twice: what is done again is no work done.
+    counted = {"mixlm": base_model(kernels="plain").train(), "bert": models["bert"]}
+    operations = {
+        name: count_operations(lambda model=model: loss_of(model, batch).backward()) for name, model in counted.items()
+    }
+    rates = {name: operations[name] / medians(seconds)[name] for name in operations}
+    shape, targets = f"{LAYERS} layers, 8 x 128", {"bert": ">= 1.0"}
+    return [
+        *(
+            Result(
+                f"train_step_vs_{name}",
+                median_ratio(seconds[name], seconds["mixlm"]),
+                "x",
+                targets.get(name, ""),
+                shape,
+                1,
+                PAIRS,
+            )
+            for name in PEERS
+        ),
+        Result("train_step_flop_rate_vs_bert", rates["mixlm"] / rates["bert"], "x", ">= 1.1", shape, 1, PAIRS),
+        Result("train_step_flop_rate", rates["mixlm"] / gemm_peak(), "of peak", "", shape, 1, PAIRS),
+    ]
 
 
 def prepare_backward(kernels: str, rows: int, length: int) -> Callable[[], object]:
@@ -400,37 +404,16 @@ def mlm_head() -> list[Result]:
     ]
 
 
-def peer_names(name: str, but: str = "") -> tuple[str, ...]:
-    """The names of `ratios`."""
-    return (name, *(f"{name}_vs_{each}" for each in PEERS if each != but))
-
-
-def peer_descriptions(name: str, what: str) -> dict[str, str]:
-    """What the rows of `peer_names` are."""
-    return {f"{name}_vs_{each}": f"{what}: times faster than transformers' {each}" for each in PEERS}
-
-
 ROWS = [
     Row(
-        peer_names("encoder_forward_8x128"),
+        ("encoder_forward_8x128", *(f"encoder_forward_vs_{name}" for name in PEERS)),
         encoder_forward,
-        peer_descriptions("encoder_forward_8x128", "Encoder forward pass, equal hidden size and layers"),
-    ),
-    Row(
-        (
-            *peer_names("train_step_8x128", but="bert"),
-            "train_step_vs_bert",
-            "train_step_flop_rate_vs_bert",
-            "train_step_flop_rate",
-        ),
-        train_step,
         {
-            **peer_descriptions("train_step_8x128", "Training step, equal hidden size, layers and heads"),
-            "train_step_vs_bert": "Training step, equal hidden size and layers: times faster than BertModel (sdpa)",
-            "train_step_flop_rate_vs_bert": "Operations a second in a training step: times BertModel's",
-            "train_step_flop_rate": "Operations a second in a training step, as a share of the GEMM peak",
+            f"encoder_forward_vs_{name}": f"Encoder forward pass: times faster than transformers' {name}"
+            for name in PEERS
         },
     ),
+    Row(("train_step_8x128",), train_step),
     Row(("train_step_2x512",), long_train_step),
     Row(
         ("train_memory_1x2048", "train_memory_1x2048_fused", "train_memory_1x2048_plain"),
@@ -438,6 +421,19 @@ ROWS = [
         {
             "train_memory_1x2048_fused": 'The same with kernels="fused" ("auto" is "lean" at this length)',
             "train_memory_1x2048_plain": 'The same with kernels="plain"',
+        },
+    ),
+    Row(
+        (
+            *(f"train_step_vs_{name}" for name in PEERS),
+            "train_step_flop_rate_vs_bert",
+            "train_step_flop_rate",
+        ),
+        train_step_of_peers,
+        {
+            **{f"train_step_vs_{name}": f"Training step: times faster than transformers' {name}" for name in PEERS},
+            "train_step_flop_rate_vs_bert": "Operations a second in a training step: times those of bert",
+            "train_step_flop_rate": "Operations a second in a training step, as a share of the GEMM peak",
         },
     ),
     Row(

@@ -106,8 +106,10 @@ def dropout_factors(like: Tensor, probability: float, generator: torch.Generator
     threshold = min(round(probability * 65536), 65535)
     integers = torch.empty(-(-like.numel() // 4), dtype=torch.int64, device=like.device)
     integers.random_(-(2**63), None, generator=generator)
-    kept = integers.view(torch.int16)[: like.numel()].view(like.shape) >= threshold - 32768
-    return kept.to(like.dtype).mul_(65536 / (65536 - threshold))
+    sixteen_bits = integers.view(torch.int16)[: like.numel()].view(like.shape)
+    factors = torch.empty_like(like, memory_format=torch.contiguous_format)
+    torch.ge(sixteen_bits, threshold - 32768, out=factors)
+    return factors.mul_(65536 / (65536 - threshold))
 
 
 def seeded(seed: int, device: torch.device) -> torch.Generator:
@@ -253,11 +255,14 @@ class _ReversibleAttention(torch.autograd.Function):
         by_scores = torch.zeros_like(scores) if by_scores is None else by_scores
         by_queries, by_keys, by_values = (torch.empty_like(tensor) for tensor in (queries, keys, values))
         generator = seeded(ctx.seed, queries.device) if ctx.dropout else None
+        # The probabilities in a text of padding alone are not a function of its scores.
+        has_keys = None if attention_mask is None else attention_mask.any(dim=-1)  # [B, 1, 1]
         for each in range(queries.shape[2]):
             probabilities, factors = _probabilities(scores[:, each], attention_mask, ctx.dropout, generator)
             dropped = probabilities * factors if ctx.dropout else probabilities
             output = by_attended[:, :, each].to(values.dtype)
             torch.bmm(dropped.to(values.dtype).transpose(1, 2), output, out=by_values[:, :, each])
+            output = output if has_keys is None else output * has_keys
             by_probabilities = torch.bmm(output, values[:, :, each].transpose(1, 2)).to(scores.dtype)
             if ctx.dropout:
                 by_probabilities.mul_(factors)
@@ -287,10 +292,12 @@ def _probabilities(
     scores: Tensor, attention_mask: Tensor | None, dropout: float, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor | None]:
     """The softmax of one map's scores [B, L, L] and its dropout factors (None without dropout)."""
-    if attention_mask is None:
-        probabilities = scores.softmax(dim=-1)
-    else:
-        probabilities = scores.masked_fill(~attention_mask[:, 0], torch.finfo(scores.dtype).min).softmax(dim=-1)
+    visible = scores
+    if attention_mask is not None:
+        # Added, not filled in: one pass less. The lowest number swallows any score.
+        hiding = torch.zeros_like(attention_mask[:, 0], dtype=scores.dtype)
+        visible = scores + hiding.masked_fill_(~attention_mask[:, 0], torch.finfo(scores.dtype).min)
+    probabilities = visible.softmax(dim=-1)
     return probabilities, dropout_factors(scores, dropout, generator) if dropout else None
 
 
@@ -383,12 +390,12 @@ class _FusedFeedForward(torch.autograd.Function):
         batch, length, _ = hidden.shape
         width = dense_weight.shape[1]
         kept = hidden.new_empty(batch, length, width) if keep else None
-        entering_block, active_block = hidden.new_empty(2, windows.rows, width).unbind()
+        active_block = hidden.new_empty(windows.rows, width)
         output = torch.empty_like(hidden, memory_format=torch.contiguous_format)
         for texts, tokens in windows.blocks():
             target = output[texts, tokens].flatten(0, 1)
-            entering = kept[texts, tokens].flatten(0, 1) if keep else entering_block[: len(target)]
             active = active_block[: len(target)]
+            entering = kept[texts, tokens].flatten(0, 1) if keep else active  # in place where nothing is kept
             windows.convolve(kernels, bias, (texts, tokens), out=entering)
             ACTIVATIONS[activation].forward(entering, out=active)
             torch.addmm(dense_bias, active, dense_weight.T, out=target)
@@ -587,14 +594,13 @@ class _FusedExperts(torch.autograd.Function):
     def forward(ctx, counts, activation, keep, tokens, up_weight, up_bias, down_weight, down_bias):
         width = up_weight.shape[1]
         block = min(TOKENS_PER_BLOCK, max(counts))
-        entering_block, active_block = tokens.new_empty(2, block, width).unbind()
+        active_block = tokens.new_empty(block, width)
         kept = tokens.new_empty(len(tokens), width) if keep else None
         output = torch.empty_like(tokens)
         for expert, rows, _ in _expert_blocks(counts):
-            size = rows.stop - rows.start
-            entering = kept[rows] if keep else entering_block[:size]
+            active = active_block[: rows.stop - rows.start]
+            entering = kept[rows] if keep else active  # in place where nothing is kept
             torch.addmm(up_bias[expert], tokens[rows], up_weight[expert].T, out=entering)
-            active = active_block[:size]
             ACTIVATIONS[activation].forward(entering, out=active)
             torch.addmm(down_bias[expert], active, down_weight[expert].T, out=output[rows])
         ctx.save_for_backward(tokens, kept, up_weight, up_bias, down_weight)

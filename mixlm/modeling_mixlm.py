@@ -222,6 +222,7 @@ class MixLMFeedForward(nn.Module):
         """Whether the fused form, which reads the weights and calls no module, leaves nothing out."""
         return (
             is_bare(self.convolution, MixedKernelConvolution)
+            and is_bare(self.act_fn, type(ACT2FN[self.config.act_fn]))
             and is_bare(self.dense, nn.Linear)
             and all(is_bare(convolution, nn.Conv1d) for convolution in self.convolution.convolutions)
         )
@@ -379,10 +380,16 @@ class MixLMPreTrainedModel(PreTrainedModel):
             visible = create_bidirectional_mask(
                 config=self.config, inputs_embeds=hidden, attention_mask=attention_mask
             )
-        with_attentions = kwargs.get("output_attentions", self.config.output_attentions)
-        checkpointing = self.training and self.stack.layers[0].gradient_checkpointing
-        kernels = choose_kernels(self.config.kernels, hidden, plain_needed=with_attentions or checkpointing)
+        kernels = choose_kernels(self.config.kernels, hidden, plain_needed=self._needs_plain_kernels(kwargs))
         return self.stack(hidden, token_mask, visible, kernels, **kwargs)
+
+    def _needs_plain_kernels(self, requested: dict[str, Any]) -> bool:
+        """Whether somebody wants of this forward pass what the fused forms do not have: attention probabilities; a
+        gradient that begins at an inner layer; scores that gradient checkpointing can run twice from."""
+        with_attentions = requested.get("output_attentions", self.config.output_attentions)
+        with_layers = requested.get("output_hidden_states", self.config.output_hidden_states)
+        checkpointing = self.training and self.stack.layers[0].gradient_checkpointing
+        return bool(with_attentions or (with_layers and torch.is_grad_enabled()) or checkpointing)
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.base_model.embeddings.word_embeddings

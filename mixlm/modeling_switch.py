@@ -28,7 +28,7 @@ from .heads import (
     RetrievalHeads,
     at_least_float32,
 )
-from .kernels import Dropout, Kernels, expert_feed_forward
+from .kernels import Dropout, Kernels, expert_feed_forward, is_bare
 from .modeling_mixlm import Embeddings, EncoderLayer, EncoderStack, MixLMPreTrainedModel, ResidualAttention
 
 
@@ -75,7 +75,7 @@ class Experts(nn.Module):
 
         An expert without tokens gets a zero gradient.
         """
-        if kernels.fused and len(tokens):
+        if kernels.fused and len(tokens) and is_bare(self.act_fn, type(ACT2FN[self.activation])):
             return expert_feed_forward(
                 *(tokens, counts, self.up_weight, self.up_bias, self.down_weight, self.down_bias),
                 activation=self.activation,

@@ -1,0 +1,722 @@
+"""The kernels: every form of a forward pass gives the numbers of torch's own operations, and keeps what it says."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from oracle import random_batch, small_model
+from torch import nn
+
+from mixlm import MixLMForMaskedLM, MixLMModel, MixLMSwitchForMaskedLM, MixLMSwitchModel, kernels, modeling_mixlm
+from mixlm.kernels import Dropout, choose_kernels, dropout_factors, residual_attention, reversible_residual_attention
+from mixlm.modeling_mixlm import MixedKernelConvolution
+
+FORMS = ("fused", "lean")
+BOTH_FAMILIES = pytest.mark.parametrize("model_class", [MixLMModel, MixLMSwitchModel])
+EVERY_FORM = pytest.mark.parametrize("form", FORMS)
+EXACT = {"rtol": 1e-10, "atol": 1e-10}
+LENGTHS = [7, 4, 6]
+
+
+@pytest.fixture(autouse=True)
+def blocks_end_inside_texts(monkeypatch):
+    monkeypatch.setattr(kernels, "TOKENS_PER_BLOCK", 5)
+
+
+def dropping_model(model_class, **fields):
+    return small_model(model_class, **{"num_hidden_layers": 2, "dropout_prob": 0.3, **fields}).train()
+
+
+def some_numbers(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(11), dtype=torch.float64)
+
+
+def weighted_sum(output):
+    """A loss to which every number of the output matters."""
+    hidden = output.last_hidden_state
+    loss = (hidden.double() * some_numbers(*hidden.shape)).sum()
+    return loss if output.aux_loss is None else loss + output.aux_loss
+
+
+def run(model, form, batch, loss_of=weighted_sum, **kwargs):
+    """The output of a form, and by name the gradients of all parameters and of the word embeddings that went in."""
+    model.config.kernels = form
+    model.zero_grad()
+    embeds = model.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()
+    inputs = {name: tensor for name, tensor in batch.items() if name != "input_ids"}
+    torch.manual_seed(5)
+    output = model(inputs_embeds=embeds, **inputs, **kwargs)
+    loss_of(output).backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    return output, {"inputs_embeds": embeds.grad, **gradients}
+
+
+def assert_same_gradients(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    for name, expected in theirs.items():
+        assert (ours[name] is None) == (expected is None), name
+        if expected is not None:
+            torch.testing.assert_close(
+                ours[name], expected, **EXACT, msg=lambda text, name=name: f"gradient of {name}: {text}"
+            )
+
+
+def assert_forms_agree(model, batch, forms=FORMS, **kwargs):
+    expected, gradients = run(model, "plain", batch, **kwargs)
+    assert any(gradient is not None and gradient.abs().max() > 1e-3 for gradient in gradients.values())
+    for form in forms:
+        output, its_gradients = run(model, form, batch, **kwargs)
+        torch.testing.assert_close(output.last_hidden_state, expected.last_hidden_state, **EXACT)
+        assert_same_gradients(its_gradients, gradients)
+
+
+def batch_of(model, lengths=LENGTHS, padded=True):
+    batch = random_batch(model.config, lengths, seed=3)
+    if not padded:
+        del batch["attention_mask"]
+    return batch
+
+
+def calls_of(monkeypatch, *names):
+    """How often each of these functions of the kernels is called from now on."""
+    counts = dict.fromkeys(names, 0)
+
+    def counting(name, function):
+        def counted(*args, **kwargs):
+            counts[name] += 1
+            return function(*args, **kwargs)
+
+        return counted
+
+    for name in names:
+        monkeypatch.setattr(modeling_mixlm, name, counting(name, getattr(modeling_mixlm, name)))
+    return counts
+
+
+class TestFormsAgree:
+    """Outputs and all gradients of "fused" and "lean" are those of "plain", while training with dropout."""
+
+    @pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
+    @pytest.mark.parametrize(
+        "layer_group, shared_parameters", [(1, "all"), (2, "all"), (2, "ffn"), (2, "attention")], ids=str
+    )
+    @pytest.mark.parametrize("residual_attention", [True, False], ids=["residual", "ordinary"])
+    @pytest.mark.parametrize("ln_pos", [0, 1], ids=["preln", "postln"])
+    @BOTH_FAMILIES
+    def test_structure(self, model_class, ln_pos, residual_attention, layer_group, shared_parameters, padded):
+        model = dropping_model(
+            model_class,
+            ln_pos=ln_pos,
+            residual_attention=residual_attention,
+            layer_group=layer_group,
+            shared_parameters=shared_parameters,
+        )
+        assert_forms_agree(model, batch_of(model, padded=padded))
+
+    @pytest.mark.parametrize("act_fn", ["gelu", "relu", "swish"])
+    @pytest.mark.parametrize("tokens_per_block", [1, 3, 7, 8, 16, 512])
+    @BOTH_FAMILIES
+    def test_blocks(self, model_class, tokens_per_block, act_fn, monkeypatch):
+        """Of texts of 7 tokens: a token, parts of one, one, no part of a second, several, all."""
+        monkeypatch.setattr(kernels, "TOKENS_PER_BLOCK", tokens_per_block)
+        model = dropping_model(model_class, act_fn=act_fn, num_hidden_layers=1)
+        assert_forms_agree(model, batch_of(model))
+
+    @pytest.mark.parametrize(
+        "kernel_size, num_heads, n_experts", [(1, 1, 1), (1, 2, 3), (3, 4, 1), (5, 1, 4), (9, 3, 2), (15, 2, 6)]
+    )
+    def test_mixlm_sizes(self, kernel_size, num_heads, n_experts):
+        """Also kernels that are longer than the text and than a block."""
+        model = dropping_model(
+            MixLMModel,
+            kernel_size=kernel_size,
+            num_heads=num_heads,
+            n_experts=n_experts,
+            ff_dim=48,
+        )
+        assert_forms_agree(model, batch_of(model))
+
+    @pytest.mark.parametrize("lengths", [[1], [1, 1, 1, 1, 1, 1, 1], [20, 3]], ids=str)
+    @BOTH_FAMILIES
+    def test_lengths(self, model_class, lengths):
+        model = dropping_model(model_class)
+        assert_forms_agree(model, batch_of(model, lengths))
+
+    @BOTH_FAMILIES
+    def test_a_row_of_padding_alone(self, model_class):
+        model = dropping_model(model_class, num_hidden_layers=3)
+        batch = batch_of(model)
+        batch["attention_mask"][1] = 0
+        assert_forms_agree(model, batch)
+
+    @BOTH_FAMILIES
+    def test_two_forward_passes_before_one_backward(self, model_class):
+        """Each has scores of its own."""
+        model = dropping_model(model_class)
+        batch, other = batch_of(model), batch_of(model, [5, 9])
+        assert_forms_agree(model, batch, loss_of=lambda output: weighted_sum(output) * weighted_sum(model(**other)))
+
+    @BOTH_FAMILIES
+    def test_hidden_states_of_all_layers_in_the_loss(self, model_class):
+        def loss_of(output):
+            return sum((hidden * some_numbers(*hidden.shape)).sum() for hidden in output.hidden_states)
+
+        model = dropping_model(model_class)
+        assert_forms_agree(model, batch_of(model), loss_of=loss_of, output_hidden_states=True)
+
+    @pytest.mark.parametrize(
+        "trained",
+        [
+            "",  # nothing but the input
+            "embeddings.",
+            "stack.layers.0.",
+            "stack.attentions.0.",
+            "stack.attentions.1.o_proj.weight",
+            "stack.attentions.2.",
+            "stack.feed_forwards.1.",
+            "stack.final_norm.",
+        ],
+    )
+    @pytest.mark.parametrize("inputs_trained", [True, False], ids=["inputs", "noinputs"])
+    @BOTH_FAMILIES
+    def test_frozen_parameters(self, model_class, trained, inputs_trained):
+        if not trained and not inputs_trained:
+            pytest.skip("nothing is trained")
+        model = dropping_model(model_class, num_hidden_layers=3)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad = bool(trained) and name.startswith(trained)
+        batch = batch_of(model)
+        if inputs_trained:
+            assert_forms_agree(model, batch)
+            return
+        results = []
+        for form in ("plain", *FORMS):
+            model.config.kernels = form
+            model.zero_grad()
+            torch.manual_seed(5)
+            weighted_sum(model(**batch)).backward()
+            results.append({name: parameter.grad for name, parameter in model.named_parameters()})
+            assert_same_gradients(results[-1], results[0])
+        assert any(gradient is not None for gradient in results[0].values())
+
+    @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+    @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+    @BOTH_FAMILIES
+    def test_without_gradients(self, model_class, training, mode):
+        model = dropping_model(model_class).train(training)
+        outputs = []
+        for form in ("plain", *FORMS):
+            model.config.kernels = form
+            torch.manual_seed(5)
+            with mode():
+                outputs.append(model(**batch_of(model)).last_hidden_state)
+            torch.testing.assert_close(outputs[-1], outputs[0], **EXACT)
+
+    @EVERY_FORM
+    @BOTH_FAMILIES
+    def test_autocast(self, model_class, form):
+        """Close to what plain operations give in bfloat16; gradients are those of float32 parameters."""
+        model = dropping_model(model_class, n_experts=1).float()
+        batch = batch_of(model)
+        results = []
+        for each in ("plain", form):
+            with torch.autocast("cpu", torch.bfloat16):
+                results.append(run(model, each, batch))
+        (expected, their_gradients), (output, gradients) = results
+        scale = expected.last_hidden_state.abs().max().item()
+        torch.testing.assert_close(output.last_hidden_state, expected.last_hidden_state, rtol=0, atol=0.05 * scale)
+        largest = max(gradient.norm() for gradient in their_gradients.values() if gradient is not None)
+        for name, theirs in their_gradients.items():
+            if theirs is None:
+                assert gradients[name] is None
+                continue
+            assert gradients[name].dtype == torch.float32 and gradients[name].isfinite().all(), name
+            # That of a key's bias is rounding alone: the softmax does not see what is the same for all keys.
+            off = (gradients[name] - theirs).norm() / theirs.norm().clamp(min=0.01 * largest)
+            assert off < 0.1, f"gradient of {name} is {off:.3f} of its size away"
+
+
+class _Anew(torch.autograd.Function):
+    """A function that can be differentiated again and again, because every backward pass runs it anew."""
+
+    @staticmethod
+    def forward(ctx, function, *inputs):
+        ctx.function = function
+        ctx.save_for_backward(*inputs)
+        return function(*inputs)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        inputs = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
+        with torch.enable_grad():
+            outputs = ctx.function(*inputs)
+        return None, *torch.autograd.grad(outputs, inputs, [gradient.clone() for gradient in gradients])
+
+
+def random_inputs(*shapes):
+    generator = torch.Generator().manual_seed(2)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in shapes]
+
+
+class TestAgainstFiniteDifferences:
+    @pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
+    def test_attention_over_two_layers(self, padded):
+        mask = torch.tensor([[1, 1, 1], [1, 0, 1]]).bool()[:, None, None] if padded else None
+
+        def two_layers(attention, *inputs):
+            first, *_, scores = attention(*inputs[:3], None, mask, 0.0)
+            second, *_, scores = attention(*inputs[3:], scores, mask, 0.0)
+            return first, second, scores
+
+        inputs = random_inputs(*[(2, 3, 2, 2)] * 6)
+        plain = two_layers(residual_attention, *inputs)
+        for ours, theirs in zip(two_layers(reversible_residual_attention, *inputs), plain, strict=True):
+            torch.testing.assert_close(ours, theirs, **EXACT)
+        assert torch.autograd.gradcheck(lambda *inputs: two_layers(residual_attention, *inputs), inputs)
+        assert torch.autograd.gradcheck(
+            lambda *inputs: _Anew.apply(lambda *inputs: two_layers(reversible_residual_attention, *inputs), *inputs),
+            inputs,
+        )
+
+    @pytest.mark.parametrize("recompute", [False, True])
+    @pytest.mark.parametrize("activation", ["gelu", "swish"])
+    @pytest.mark.parametrize("tokens_per_block", [3, 8])
+    def test_feed_forward(self, tokens_per_block, activation, recompute, monkeypatch):
+        monkeypatch.setattr(kernels, "TOKENS_PER_BLOCK", tokens_per_block)
+        slices, sizes = 2, (5, 3)
+        token_mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])[..., None].double()
+
+        def feed_forward(hidden, dense_weight, dense_bias, *parameters):
+            convolutions = [
+                SimpleNamespace(weight=w, bias=b) for w, b in zip(parameters[:2], parameters[2:], strict=True)
+            ]
+            dense = SimpleNamespace(weight=dense_weight, bias=dense_bias)
+            return kernels.mixed_kernel_feed_forward(
+                hidden, token_mask, convolutions, dense, slices, activation, recompute
+            )
+
+        inputs = random_inputs((2, 4, 4), (4, 8), (4,), *((4, 1, size) for size in sizes), (4,), (4,))
+        assert torch.autograd.gradcheck(feed_forward, inputs)
+
+    @pytest.mark.parametrize("recompute", [False, True])
+    @pytest.mark.parametrize("counts", [[2, 0, 4], [0, 6, 0]], ids=str)
+    def test_experts(self, counts, recompute, monkeypatch):
+        monkeypatch.setattr(kernels, "TOKENS_PER_BLOCK", 4)
+        inputs = random_inputs((6, 2), (3, 5, 2), (3, 5), (3, 2, 5), (3, 2))
+        assert torch.autograd.gradcheck(
+            lambda tokens, *weights: kernels.expert_feed_forward(tokens, counts, *weights, "gelu", recompute), inputs
+        )
+
+
+class TestConvolution:
+    def convolution(self, n_experts=3, num_heads=2, channels=8):
+        config = SimpleNamespace(n_experts=n_experts, num_heads=num_heads, hidden_size=12, kernel_size=5)
+        torch.manual_seed(1)
+        return MixedKernelConvolution(config, channels).double()
+
+    @pytest.mark.parametrize("length", [1, 2, 6])
+    @pytest.mark.parametrize("n_experts, num_heads", [(1, 1), (3, 2), (2, 3)])
+    def test_equals_a_loop(self, n_experts, num_heads, length):
+        channels = 6
+        module = self.convolution(n_experts, num_heads, channels)
+        hidden = some_numbers(2, length, 12)
+        width, rows = 12 // n_experts // num_heads, channels // num_heads
+        expected = torch.zeros(2, length, n_experts, channels, dtype=torch.float64)
+        for text in range(2):
+            for token in range(length):
+                for number in range(n_experts):
+                    for group, convolution in enumerate(module.convolutions):
+                        first = number * 12 // n_experts + group * width
+                        for row in range(rows):
+                            weight = convolution.weight[number * rows + row]  # [width, taps]
+                            total = convolution.bias[number * rows + row].item()
+                            for tap in range(weight.shape[1]):
+                                place = token + tap - weight.shape[1] // 2
+                                if 0 <= place < length:
+                                    total += (weight[:, tap] @ hidden[text, place, first : first + width]).item()
+                            expected[text, token, number, group * rows + row] = total
+        torch.testing.assert_close(module(hidden, None), expected, **EXACT)
+
+    @pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
+    @pytest.mark.parametrize("recompute", [False, True])
+    def test_feed_forward_is_made_of_it(self, recompute, padded):
+        module, dense = self.convolution(), nn.Linear(24, 12).double()
+        hidden = some_numbers(3, 7, 12)
+        token_mask = batch_of(SimpleNamespace(config=SimpleNamespace(vocab_size=9, type_vocab_size=2)))
+        token_mask = token_mask["attention_mask"][..., None].double() if padded else None
+        expected = dense(nn.functional.gelu(module(hidden, token_mask).flatten(2)))
+        output = kernels.mixed_kernel_feed_forward(
+            hidden, token_mask, module.convolutions, dense, 3, "gelu", recompute
+        )
+        torch.testing.assert_close(output, expected, **EXACT)
+
+    def test_any_memory_layout(self):
+        module, dense = self.convolution(), nn.Linear(24, 12).double()
+        hidden = some_numbers(7, 3, 12)
+        for form in (hidden.transpose(0, 1), some_numbers(3, 12, 7).transpose(1, 2), hidden[:1].expand(3, 3, 12)):
+            arguments = (module.convolutions, dense, 3, "gelu", False)
+            strided, contiguous = form.detach().requires_grad_(), form.contiguous().requires_grad_()
+            outputs = [kernels.mixed_kernel_feed_forward(each, None, *arguments) for each in (strided, contiguous)]
+            torch.testing.assert_close(*outputs, **EXACT)
+            upstream = some_numbers(12, *form.shape[:2]).permute(1, 2, 0)
+            gradients = [
+                torch.autograd.grad(output, each, upstream)[0]
+                for output, each in zip(outputs, (strided, contiguous), strict=True)
+            ]
+            torch.testing.assert_close(*gradients, **EXACT)
+
+
+class TestDropout:
+    SIZE = 200_001  # not a multiple of 4
+
+    def drop(self, probability, hidden, seed=0):
+        torch.manual_seed(seed)
+        return Dropout(probability)(hidden)
+
+    @pytest.mark.parametrize("probability", [0.001, 0.1, 0.25, 0.5, 0.9])
+    def test_share_and_scaling(self, probability):
+        dropped = self.drop(probability, torch.ones(self.SIZE, dtype=torch.float64))
+        kept = (dropped != 0).double()
+        sigma = (probability * (1 - probability) / self.SIZE) ** 0.5
+        assert abs(kept.mean().item() - (1 - probability)) < 5 * sigma
+        assert abs(dropped.mean().item() - 1) < 5 * sigma / (1 - probability)
+        exact = 65536 / (65536 - round(probability * 65536))
+        assert dropped.unique().tolist() == [0, exact]
+        assert exact == pytest.approx(1 / (1 - probability), rel=1e-4)
+
+    @pytest.mark.parametrize("apart", [1, 2, 3, 4, 7])
+    def test_neighbours_are_independent(self, apart):
+        """Four of them come from one random integer."""
+        kept = (self.drop(0.3, torch.ones(self.SIZE)) != 0).double()
+        together = (kept[apart:] * kept[:-apart]).mean().item()
+        assert abs(together - 0.7**2) < 5 * (0.49 * 0.51 / self.SIZE) ** 0.5 * 2
+
+    def test_seed(self):
+        hidden = torch.ones(30, 11)
+        first, again, other = self.drop(0.3, hidden), self.drop(0.3, hidden), self.drop(0.3, hidden, seed=1)
+        assert torch.equal(first, again) and not torch.equal(first, other)
+        dropout = Dropout(0.3)
+        assert not torch.equal(dropout(hidden), dropout(hidden)), "two draws are not alike"
+
+    def test_is_the_identity_outside_of_training_and_at_zero(self):
+        hidden = torch.ones(9)
+        assert Dropout(0.3).eval()(hidden) is hidden
+        assert Dropout(0.0)(hidden) is hidden
+
+    def test_a_tiny_probability_drops_nothing(self):
+        hidden = torch.ones(self.SIZE)
+        assert torch.equal(self.drop(1e-7, hidden), hidden)
+
+    def test_a_large_probability_keeps_expectation(self):
+        dropped = self.drop(0.9999, torch.ones(self.SIZE, dtype=torch.float64))
+        assert dropped.isfinite().all() and 0 < (dropped != 0).sum() < 100
+
+    @pytest.mark.parametrize("shape", [(0,), (), (1,), (3, 5), (2, 3, 7)], ids=str)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_shapes_and_types(self, shape, dtype):
+        hidden = torch.ones(shape, dtype=dtype)
+        dropped = self.drop(0.5, hidden)
+        assert dropped.shape == shape and dropped.dtype == dtype
+        assert set(dropped.flatten().tolist()) <= {0.0, 2.0}
+
+    def test_gradient_is_the_factor_times_what_comes(self):
+        hidden, upstream = some_numbers(13, 6).T.requires_grad_(), some_numbers(6, 13)
+        dropped = self.drop(0.3, hidden)
+        factors = (dropped / hidden).detach()
+        for _ in range(2):  # the mask can be drawn any number of times
+            (gradient,) = torch.autograd.grad(dropped, hidden, upstream, retain_graph=True)
+            torch.testing.assert_close(gradient, factors * upstream, rtol=1e-15, atol=0)
+
+    def test_keeps_no_mask(self):
+        saved = []
+        hidden = torch.ones(4, 4, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda t: t):
+            dropped = Dropout(0.3)(hidden)
+        assert not saved and not dropped.grad_fn.saved_tensors
+
+    def test_factors_follow_the_generator(self):
+        like = torch.empty(5, 5)
+        generator = kernels.seeded(3, like.device)
+        first, second = dropout_factors(like, 0.5, generator), dropout_factors(like, 0.5, generator)
+        assert not torch.equal(first, second)
+        assert torch.equal(first, dropout_factors(like, 0.5, kernels.seeded(3, like.device)))
+
+
+def kept_bytes(model, length):
+    """The bytes that a forward pass keeps for its backward pass, parameters aside."""
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    storages = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            storages[storage.data_ptr()] = storage
+        return tensor
+
+    ids = torch.ones(2, length, dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = model(input_ids=ids, attention_mask=torch.ones_like(ids))
+    assert output.last_hidden_state.requires_grad
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def nodes_of(tensor, name):
+    """All nodes of the graph behind `tensor` whose class has this name."""
+    waiting, seen = [tensor.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting.extend(following for following, _ in node.next_functions)
+    return [node for node in seen if type(node).__name__ == name]
+
+
+class TestWhatIsKept:
+    def per_layer(self, form, length):
+        def kept(layers):
+            model = dropping_model(
+                MixLMModel, num_hidden_layers=layers, layer_group=layers, kernels=form, max_position_embeddings=64
+            )
+            return kept_bytes(model, length)
+
+        two, four, six = kept(2), kept(4), kept(6)
+        assert four - two == six - four, "every layer keeps the same"
+        return (four - two) // 2
+
+    @EVERY_FORM
+    def test_grows_with_the_length_and_not_with_its_square(self, form):
+        """Beside what does not depend on the length: the weights of the keys, in another order."""
+        short, middle, long = (self.per_layer(form, length) for length in (16, 32, 48))
+        assert long - middle == middle - short > 0
+
+    def test_plain_operations_keep_the_square(self):
+        """The measure sees it."""
+        short, middle, long = (self.per_layer("plain", length) for length in (16, 32, 48))
+        rows, maps, size = 2, 3, 8
+        assert (long - middle) - (middle - short) >= 2 * rows * maps * 16**2 * size
+
+    def test_lean_keeps_nothing_of_the_width_of_the_feed_forward(self):
+        width = 36
+        assert self.per_layer("fused", 16) - self.per_layer("lean", 16) == 2 * 16 * width * 8
+
+    @EVERY_FORM
+    @BOTH_FAMILIES
+    def test_one_buffer_of_scores_for_all_layers(self, model_class, form):
+        model = dropping_model(model_class, kernels=form, residual_attention=True)
+        hidden = model(**batch_of(model)).last_hidden_state
+        nodes = nodes_of(hidden, "_ReversibleAttentionBackward")
+        assert len(nodes) == model.config.num_hidden_layers
+        assert len({node.scores.untyped_storage().data_ptr() for node in nodes}) == 1
+        hidden.sum().backward()
+        assert all(node.scores is None for node in nodes)
+
+
+class TestScoresAreUsedUp:
+    @EVERY_FORM
+    @BOTH_FAMILIES
+    def test_by_a_backward_pass(self, model_class, form):
+        model = dropping_model(model_class, kernels=form)
+        loss = weighted_sum(model(**batch_of(model)))
+        loss.backward(retain_graph=True)
+        with pytest.raises(RuntimeError, match='used up by an earlier backward pass.*kernels="plain"'):
+            loss.backward()
+
+    @BOTH_FAMILIES
+    def test_plain_operations_go_back_twice(self, model_class):
+        model = dropping_model(model_class, kernels="plain")
+        loss = weighted_sum(model(**batch_of(model)))
+        loss.backward(retain_graph=True)
+        first = {name: p.grad.clone() for name, p in model.named_parameters()}
+        model.zero_grad()
+        loss.backward()
+        assert_same_gradients({name: p.grad for name, p in model.named_parameters()}, first)
+
+    @pytest.mark.parametrize("layer", [1, 2, 3])
+    @EVERY_FORM
+    @BOTH_FAMILIES
+    def test_by_later_layers_that_the_loss_does_not_see(self, model_class, form, layer):
+        """The buffer holds their scores too: an error, not a wrong gradient."""
+        model = dropping_model(model_class, num_hidden_layers=4)
+        inner = []
+        model.stack.layers[layer - 1].register_forward_hook(lambda module, inputs, outputs: inner.append(outputs[0]))
+        batch = batch_of(model)
+        model.config.kernels = form
+        model(**batch)
+        with pytest.raises(RuntimeError, match='inner layers alone.*kernels="plain"'):
+            inner[0].sum().backward()
+        model.config.kernels = "plain"
+        model(**batch)
+        inner[1].sum().backward()
+
+
+class TestChoice:
+    @pytest.mark.parametrize(
+        "setting, length, plain_needed, fused, recompute",
+        [
+            ("auto", 8, False, True, False),
+            ("auto", 1023, False, True, False),
+            ("auto", 1024, False, True, True),
+            ("auto", 4096, False, True, True),
+            ("plain", 8, False, False, False),
+            ("plain", 4096, False, False, False),
+            ("fused", 8, False, True, False),
+            ("fused", 4096, False, True, False),
+            ("lean", 8, False, True, True),
+            ("lean", 4096, False, True, True),
+            *((setting, length, True, False, False) for setting in ("auto", "fused", "lean") for length in (8, 4096)),
+        ],
+    )
+    def test_on_a_cpu(self, setting, length, plain_needed, fused, recompute):
+        assert choose_kernels(setting, torch.empty(1, length, 1), plain_needed) == (fused, recompute)
+
+    @pytest.mark.parametrize("length", [8, 4096])
+    def test_on_other_devices_torchs_own_operations(self, length):
+        hidden = torch.empty(1, length, 1, device="meta")
+        assert not choose_kernels("auto", hidden, False).fused
+        assert choose_kernels("fused", hidden, False).fused
+
+    @pytest.mark.parametrize("form, fused", [("auto", 1), ("plain", 0), ("fused", 1), ("lean", 1)])
+    def test_is_what_the_configuration_says(self, form, fused, monkeypatch):
+        counts = calls_of(
+            monkeypatch, "reversible_residual_attention", "residual_attention", "mixed_kernel_feed_forward"
+        )
+        model = small_model(MixLMModel, kernels=form)
+        model(**batch_of(model))
+        layers = model.config.num_hidden_layers
+        assert list(counts.values()) == [fused * layers, (1 - fused) * layers, fused * layers]
+
+    @pytest.mark.parametrize("by_configuration", [False, True], ids=["argument", "configuration"])
+    @pytest.mark.parametrize("form", ["auto", *FORMS])
+    @BOTH_FAMILIES
+    def test_attentions_have_a_gradient(self, model_class, form, by_configuration):
+        def loss_of(output):
+            return sum((each * some_numbers(*each.shape)).sum() for each in output.attentions)
+
+        wish = {} if by_configuration else {"output_attentions": True}
+        model = dropping_model(model_class, attn_implementation="eager")
+        model.config.output_attentions = by_configuration
+        assert_forms_agree(model, batch_of(model), forms=[form], loss_of=loss_of, **wish)
+
+    @pytest.mark.parametrize("use_reentrant", [False, True])
+    @pytest.mark.parametrize("form", ["auto", *FORMS])
+    @pytest.mark.parametrize("model_class", [MixLMForMaskedLM, MixLMSwitchForMaskedLM])
+    def test_gradient_checkpointing(self, model_class, form, use_reentrant):
+        model = dropping_model(model_class)
+        checkpointed = copy.deepcopy(model)
+        checkpointed.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+        batch = batch_of(model)
+        results = []
+        for each in (model, checkpointed):
+            each.config.kernels = form
+            torch.manual_seed(5)
+            each(**batch, labels=batch["input_ids"]).loss.backward()
+            results.append({name: parameter.grad for name, parameter in each.named_parameters()})
+        assert_same_gradients(results[1], results[0])
+
+    def test_compiled_training(self):
+        """A compiler sees torch's own operations, without a break; the gradients are those of the fused form."""
+        torch._dynamo.reset()
+        model = small_model(MixLMModel, num_hidden_layers=2, kernels="auto").train()
+        batch = batch_of(model)
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        results = []
+        for form in (model, compiled):
+            model.zero_grad()
+            weighted_sum(form(**batch)).backward()
+            results.append({name: parameter.grad for name, parameter in model.named_parameters()})
+        assert_same_gradients(results[1], results[0])
+
+
+class Doubled(nn.Linear):
+    """A layer as an adapter would put it in the place of another: the same weights, another result."""
+
+    def forward(self, hidden):
+        return 2 * super().forward(hidden)
+
+
+class Scaled(torch.Tensor):
+    """A weight as quantisation or sharding would put it in the place of another."""
+
+
+class TestChangedModules:
+    """A feed-forward that somebody has changed does what they say, in every form."""
+
+    def model(self, form):
+        return small_model(MixLMModel, kernels=form, num_hidden_layers=2, layer_group=2)
+
+    def output(self, model):
+        return model(**batch_of(model)).last_hidden_state
+
+    def assert_honoured(self, form, change, changes_output=True):
+        plain, model = self.model("plain"), self.model(form)
+        before = self.output(model)
+        change(plain.stack.feed_forwards[0]), change(model.stack.feed_forwards[0])
+        after = self.output(model)
+        torch.testing.assert_close(after, self.output(plain), **EXACT)
+        assert torch.allclose(before, after) != changes_output
+
+    @EVERY_FORM
+    def test_subclass(self, form):
+        def change(feed_forward):
+            old = feed_forward.dense
+            feed_forward.dense = Doubled(old.in_features, old.out_features).double()
+            feed_forward.dense.load_state_dict(old.state_dict())
+
+        self.assert_honoured(form, change)
+
+    @pytest.mark.parametrize("place", ["dense", "convolution", "convolution.convolutions.1"])
+    @EVERY_FORM
+    def test_replaced_forward(self, form, place):
+        def change(feed_forward):
+            module = feed_forward.get_submodule(place)
+            if place == "convolution.convolutions.1":  # never called: its weight is used
+                module.register_forward_hook(lambda *_: None)
+                return
+            forward = module.forward
+            module.forward = lambda *inputs: 2 * forward(*inputs)
+
+        self.assert_honoured(form, change, changes_output="convolutions" not in place)
+
+    @pytest.mark.parametrize("place", ["dense", "convolution"])
+    @EVERY_FORM
+    def test_hooks(self, form, place):
+        def double_output(feed_forward):
+            feed_forward.get_submodule(place).register_forward_hook(lambda module, inputs, output: 2 * output)
+
+        def double_input(feed_forward):
+            feed_forward.get_submodule(place).register_forward_pre_hook(
+                lambda module, inputs: (2 * inputs[0], *inputs[1:])
+            )
+
+        self.assert_honoured(form, double_output)
+        self.assert_honoured(form, double_input)
+
+    @pytest.mark.parametrize("register", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+    @EVERY_FORM
+    def test_backward_hooks(self, form, register):
+        model, calls = self.model(form), []
+        getattr(model.stack.feed_forwards[0].dense, register)(lambda *_: calls.append(1))
+        self.output(model).sum().backward()
+        assert len(calls) == model.config.num_hidden_layers
+
+    @EVERY_FORM
+    def test_parametrization(self, form):
+        class Double(nn.Module):
+            def forward(self, weight):
+                return 2 * weight
+
+        self.assert_honoured(
+            form, lambda ff: nn.utils.parametrize.register_parametrization(ff.dense, "weight", Double())
+        )
+
+    @EVERY_FORM
+    def test_weights_of_another_type(self, form, monkeypatch):
+        counts = calls_of(monkeypatch, "mixed_kernel_feed_forward")
+        model = self.model(form)
+        expected = self.output(model)
+        assert counts["mixed_kernel_feed_forward"] == 2
+        dense = model.stack.feed_forwards[0].dense
+        dense.weight = nn.Parameter(dense.weight.detach().as_subclass(Scaled))
+        torch.testing.assert_close(self.output(model).as_subclass(torch.Tensor), expected, **EXACT)
+        assert counts["mixed_kernel_feed_forward"] == 2
