@@ -146,7 +146,7 @@ class InverseClozeObjective(PretrainingObjective):
             with torch.no_grad():
                 for batch in micro_batches:
                     step.random_states.append(_random_state(self.accelerator.device))
-                    outputs = self.model(**batch)
+                    outputs = self.model(**_without_labels(batch))
                     queries.append(outputs.embeddings)
                     contexts.append(outputs.context_embeddings)
             gradients = self._retrieval_gradients(torch.cat(queries), torch.cat(contexts))
@@ -185,6 +185,13 @@ class InverseClozeObjective(PretrainingObjective):
             by_queries, by_contexts = torch.autograd.grad(loss, (all_queries, all_contexts))
         own = slice(first, first + len(queries))
         return RetrievalGradients(loss.detach(), by_queries[own], by_contexts[own])
+
+
+def _without_labels(batch: Batch) -> Batch:
+    """The batch with no token to be predicted: the MLM head, which the embeddings do not need, has nothing to do."""
+    return {
+        name: torch.full_like(tensor, IGNORE) if name.endswith("labels") else tensor for name, tensor in batch.items()
+    }
 
 
 def gather_rows(accelerator: Accelerator, rows: Tensor) -> tuple[Tensor, int]:
