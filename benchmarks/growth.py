@@ -330,7 +330,9 @@ def table(kept: dict[str, list[Point]]) -> str:
         cells = [f"**{name}**", f"{first.value:,} to {last.value:,}"]
         for quantity in QUANTITIES:
             power = found[quantity]
-            cells += [grown[quantity], f"**{power['all']:.2f}** ({power['last_doubling']:.2f})"]
+            # Rounded first, and 0.0 added: a quantity that does not grow has exponent 0, not -0.
+            rounded = {end: round(power[end], 2) + 0.0 for end in ("all", "last_doubling")}
+            cells += [grown[quantity], f"**{rounded['all']:.2f}** ({rounded['last_doubling']:.2f})"]
         lines.append(f"| {' | '.join(cells)} |")
         reasons.append(f"* **{name}** ({SERIES[name].shape}): {SERIES[name].explanation}")
     return "\n".join([*lines, "", *reasons])
