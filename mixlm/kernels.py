@@ -19,6 +19,8 @@ from torch.autograd.function import once_differentiable
 # Tokens whose feed-forward is computed at once: enough for matrix products to run at full speed, and few enough for
 # the activations to stay in the cache and for the buffers to be cheap to get.
 TOKENS_PER_BLOCK = 512
+# Below both of these a step is so small that the calls of the fused forms cost more than they save.
+WIDTH_WORTH_FUSING, LENGTH_WORTH_FUSING = 256, 512
 # From this length on, activations rather than weights fill the memory of a training step.
 LENGTH_WORTH_RECOMPUTING = 1024
 
@@ -48,10 +50,11 @@ def choose_kernels(setting: str, hidden: Tensor, plain_needed: bool) -> Kernels:
     """The forms for this input, [B, L, C].
 
     Args:
-        setting: `config.kernels`. "auto" follows what was measured on a CPU: the fused forms keep less and are 1.03 to
-            1.4 times as fast as plain ones from hidden size 384 or 512 tokens on (3 to 5% slower for a hidden size of
-            256 and less at 64 tokens), and from 1,024 tokens on recomputing is worth its time. On other devices
-            nothing was measured, and torch's own operations run. "plain", "fused" and "lean" force a choice.
+        setting: `config.kernels`. "auto" follows what was measured on a CPU (benchmarks/README.md): the fused forms
+            keep less, and in time they are 1.03 to 1.4 times as fast as plain ones from hidden size 384 or 512 tokens
+            on, 4 to 8% slower at a hidden size of 256, and up to 18% slower below; from 1,024 tokens on recomputing
+            is worth its time. On other devices nothing was measured, and torch's own operations run. "plain", "fused"
+            and "lean" force a choice.
         hidden: the input of the stack.
         plain_needed: somebody wants what the fused forms do not have: attention probabilities with a gradient, or
             scores that gradient checkpointing can run twice from.
@@ -59,7 +62,9 @@ def choose_kernels(setting: str, hidden: Tensor, plain_needed: bool) -> Kernels:
     if setting == "plain" or plain_needed or is_traced():
         return Kernels(fused=False, recompute=False)
     if setting == "auto":
-        return Kernels(hidden.device.type == "cpu", recompute=hidden.shape[1] >= LENGTH_WORTH_RECOMPUTING)
+        _, length, width = hidden.shape
+        is_worth_it = width >= WIDTH_WORTH_FUSING or length >= LENGTH_WORTH_FUSING
+        return Kernels(hidden.device.type == "cpu" and is_worth_it, recompute=length >= LENGTH_WORTH_RECOMPUTING)
     return Kernels(fused=True, recompute=setting == "lean")
 
 

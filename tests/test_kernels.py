@@ -554,7 +554,7 @@ class TestChoice:
     @pytest.mark.parametrize(
         "setting, length, plain_needed, fused, recompute",
         [
-            ("auto", 8, False, True, False),
+            ("auto", 512, False, True, False),
             ("auto", 1023, False, True, False),
             ("auto", 1024, False, True, True),
             ("auto", 4096, False, True, True),
@@ -570,13 +570,21 @@ class TestChoice:
     def test_on_a_cpu(self, setting, length, plain_needed, fused, recompute):
         assert choose_kernels(setting, torch.empty(1, length, 1), plain_needed) == (fused, recompute)
 
+    @pytest.mark.parametrize(
+        "width, length, fused", [(255, 511, False), (256, 511, True), (255, 512, True), (256, 8, True)]
+    )
+    def test_small_steps_are_not_worth_it(self, width, length, fused):
+        hidden = torch.empty(1, length, width)
+        assert choose_kernels("auto", hidden, False) == (fused, False)
+        assert choose_kernels("fused", hidden, False).fused
+
     @pytest.mark.parametrize("length", [8, 4096])
     def test_on_other_devices_torchs_own_operations(self, length):
         hidden = torch.empty(1, length, 1, device="meta")
         assert not choose_kernels("auto", hidden, False).fused
         assert choose_kernels("fused", hidden, False).fused
 
-    @pytest.mark.parametrize("form, fused", [("auto", 1), ("plain", 0), ("fused", 1), ("lean", 1)])
+    @pytest.mark.parametrize("form, fused", [("auto", 0), ("plain", 0), ("fused", 1), ("lean", 1)])
     def test_is_what_the_configuration_says(self, form, fused, monkeypatch):
         counts = calls_of(
             monkeypatch, "reversible_residual_attention", "residual_attention", "mixed_kernel_feed_forward"
