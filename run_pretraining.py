@@ -10,7 +10,7 @@ or `accelerate launch --num_processes 2 run_pretraining.py ...` (with `--cpu` on
 import numpy as np
 
 from mixlm import MixLMConfig, MixLMForPreTraining, MixLMSwitchConfig, MixLMSwitchForPreTraining
-from mixlm.data.batching import LengthBucketedBatches, evaluation_batches, training_batches
+from mixlm.data.batching import LengthBucketedBatches, collate, evaluation_batches, training_batches
 from mixlm.data.examples import InverseClozeExamples, SentenceOrderExamples
 from mixlm.data.masking import TokenMasker
 from mixlm.data.store import TokenizedCorpus, open_corpus
@@ -22,8 +22,9 @@ from mixlm.training.evaluation import (
     evaluate_pretraining,
     unigram_log_probabilities,
 )
-from mixlm.training.loop import finish_run, prepare_run, train
+from mixlm.training.loop import train
 from mixlm.training.objectives import InverseClozeObjective, SentenceOrderObjective
+from mixlm.training.run import finish_run, prepare_run
 
 FAMILIES = {
     "mixlm": (MixLMConfig, MixLMForPreTraining),
@@ -112,28 +113,33 @@ def main():
         f"{corpus.cut_sentences:,} sentences were longer than max_seq_length and cut"
     )
     ranks, rank = accelerator.num_processes, accelerator.process_index
-    rows_per_step = arguments.train_batch_size * arguments.gradient_accumulation_steps * ranks
-    order = LengthBucketedBatches(
-        training.lengths,
-        seed=arguments.seed,
-        rows_per_step=rows_per_step if arguments.tokens_per_step is None else None,
-        tokens_per_step=arguments.tokens_per_step,
-        ranks=ranks,
-        rank=rank,
-        micro_batches=arguments.gradient_accumulation_steps,
-        max_steps_per_epoch=arguments.max_steps_per_epoch,
-    )
     unigram = unigram_log_probabilities(corpus.token_counts)
 
-    def evaluate(model) -> dict[str, float]:
+    def evaluate(engine) -> dict[str, float]:
         batches = evaluation_batches(held_out, arguments.train_batch_size, tokenizer.pad_token_id, rank, ranks)
-        return evaluate_pretraining(model, batches, accelerator, unigram)
+        return evaluate_pretraining(engine, batches, accelerator, unigram)
 
     def batches(position):
+        micro_batches = arguments.gradient_accumulation_steps
+        rows_per_step = arguments.train_batch_size * micro_batches * ranks
+        order = LengthBucketedBatches(
+            training.lengths,
+            seed=arguments.seed,
+            rows_per_step=rows_per_step if arguments.tokens_per_step is None else None,
+            tokens_per_step=arguments.tokens_per_step,
+            ranks=ranks,
+            rank=rank,
+            micro_batches=micro_batches,
+            max_steps_per_epoch=arguments.max_steps_per_epoch,
+        )
         return training_batches(training, order, position, tokenizer.pad_token_id, arguments.num_workers)
 
-    metrics = train(model, OBJECTIVES[arguments.task], batches, arguments, accelerator, evaluate)
-    finish_run(model, tokenizer, metrics, arguments, accelerator)
+    def longest_batch(rows):
+        longest = training[0, int(np.argmax(training.lengths))]
+        return collate([longest] * rows, tokenizer.pad_token_id)
+
+    metrics = train(model, OBJECTIVES[arguments.task], batches, arguments, accelerator, evaluate, longest_batch)
+    finish_run(tokenizer, metrics, arguments, accelerator)
 
 
 if __name__ == "__main__":

@@ -14,38 +14,36 @@ from torch import Tensor
 
 from mixlm import MixLMConfig, MixLMForPreTraining
 from mixlm.heads import IGNORE, in_batch_retrieval_loss
+from mixlm.profiling import random_batch
 from mixlm.training.objectives import Batch, InverseClozeObjective
-from mixlm.training.optimization import build_optimizer
+from mixlm.training.optimization import AdamW
+from mixlm.training.sharding import Engine
 
 PRESET, VOCABULARY = "mixlm-mini", 8000
 QUERY_LENGTH, CONTEXT_LENGTH = 32, 128  # tokens
-MASKED = 0.15
 MICRO_BATCH = 32  # rows
 MEMORY_BATCH = 512  # rows, in micro-batches
 TIME_BATCH = 128  # rows, which fit at once too
 TIME_PAIRS = 5
-FIRST_WORD = 5  # the ids before are the special tokens
 
 SHAPE = f"{PRESET}, vocabulary {VOCABULARY:,}, query {QUERY_LENGTH}, context {CONTEXT_LENGTH} tokens"
+
+
+def build_config(dropout: float = 0.0) -> MixLMConfig:
+    return MixLMConfig.from_preset(PRESET, vocab_size=VOCABULARY, pretraining_objective="ict", dropout_prob=dropout)
 
 
 def build_model(dropout: float = 0.0) -> MixLMForPreTraining:
     """The same new model each time, in training mode."""
     torch.manual_seed(0)
-    config = MixLMConfig.from_preset(PRESET, vocab_size=VOCABULARY, pretraining_objective="ict", dropout_prob=dropout)
-    return MixLMForPreTraining(config).train()
+    return MixLMForPreTraining(build_config(dropout)).train()
 
 
 def build_micro_batches(rows: int, rows_of_each: int) -> list[Batch]:
     """The same random `rows` each time, [rows of each, length], cut into micro-batches."""
-    generator = torch.Generator().manual_seed(0)
-    batch = {}
-    for prefix, length in (("", QUERY_LENGTH), ("context_", CONTEXT_LENGTH)):
-        ids = torch.randint(FIRST_WORD, VOCABULARY, (rows, length), generator=generator)
-        masked = torch.rand(rows, length, generator=generator) < MASKED
-        batch[f"{prefix}input_ids"] = ids
-        batch[f"{prefix}attention_mask"] = torch.ones_like(ids)
-        batch[f"{prefix}labels"] = ids.masked_fill(~masked, IGNORE)
+    torch.manual_seed(0)
+    queries, contexts = (random_batch(build_config(), rows, length) for length in (QUERY_LENGTH, CONTEXT_LENGTH))
+    batch = queries | {name: tensor for name, tensor in contexts.items() if name.startswith("context_")}
     parts = {name: tensor.split(rows_of_each) for name, tensor in batch.items()}
     return [dict(zip(parts, tensors, strict=True)) for tensors in zip(*parts.values(), strict=True)]
 
@@ -55,20 +53,18 @@ def backward(objective: InverseClozeObjective, micro_batches: list[Batch]) -> No
     step = objective.begin_step(micro_batches)
     for number, batch in enumerate(micro_batches):
         loss, _ = objective.loss(batch, number, step)
-        objective.accelerator.backward(loss)
+        loss.backward()
 
 
 def build_step() -> Callable[[list[Batch]], None]:
     """An optimizer step on a new model, to be called with the step's micro-batches."""
-    model = build_model()
-    objective = InverseClozeObjective(Accelerator(cpu=True), model)
-    optimizer = build_optimizer(model, learning_rate=1e-4, weight_decay=0.01, epsilon=1e-8)
+    engine = Engine(build_model(), AdamW(learning_rate=1e-4, weight_decay=0.01, epsilon=1e-8), "fp32")
+    objective = InverseClozeObjective(Accelerator(cpu=True), engine)
 
     def step(micro_batches: list[Batch]) -> None:
         backward(objective, micro_batches)
-        objective.accelerator.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        engine.scale_gradients(min(1.0, 1.0 / engine.gradient_norm()))
+        engine.step(learning_rate=1e-4)
 
     return step
 

@@ -16,6 +16,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported; the processes of the memory inherit it
@@ -27,11 +28,11 @@ sys.path[:0] = [str(FOLDER), str(FOLDER.parent)]
 import numpy as np
 import torch
 from measure import interleaved, medians, peak_memory
+from transformers import AutoModelForPreTraining, PreTrainedModel
 
-from mixlm import MixLMConfig, MixLMForPreTraining, MixLMSwitchConfig, MixLMSwitchForPreTraining
+from mixlm import MixLMConfig, MixLMSwitchConfig
 from mixlm.errors import UserError, exits_on_user_error, one_line
-from mixlm.heads import IGNORE
-from mixlm.training.optimization import build_optimizer
+from mixlm.profiling import TrainingStep, random_batch, run
 
 DATA, PICTURE, README = "growth.json", "growth.png", "README.md"
 MARKER = "<!-- growth -->"  # before and after the table in README.md
@@ -41,8 +42,6 @@ FEWEST_STEPS = 3
 TOKENS_OF_LENGTHS = 4096  # of every step of the series of lengths
 LONGEST = 4096
 LAYERS = 3  # of every model, but in the series of layers
-FIRST_WORD = 5  # the ids before are the special tokens
-MASKED = 0.15
 QUANTITIES = ("seconds", "memory", "parameters")  # of a point, whose growth is told
 
 
@@ -168,24 +167,10 @@ SERIES = {
 # -- one training step -----------------------------------------------------------------------------------------------
 
 
-def build_model(plan: Plan) -> torch.nn.Module:
-    """The same new model each time, in training mode."""
+def build_model(plan: Plan) -> PreTrainedModel:
+    """The same new model each time."""
     torch.manual_seed(0)
-    is_switch = isinstance(plan.config, MixLMSwitchConfig)
-    return (MixLMSwitchForPreTraining if is_switch else MixLMForPreTraining)(plan.config).train()
-
-
-def build_batch(rows: int, length: int, words: int) -> dict[str, torch.Tensor]:
-    """The same random texts each time, [rows, length], without padding, with labels and an order of sentences."""
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(FIRST_WORD, words, (rows, length), generator=generator)
-    masked = torch.rand(rows, length, generator=generator) < MASKED
-    return {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "labels": ids.masked_fill(~masked, IGNORE),
-        "sentence_order_label": torch.randint(2, (rows,), generator=generator),
-    }
+    return AutoModelForPreTraining.from_config(plan.config)
 
 
 def build_step(plan: Plan) -> tuple[Callable[[], None], int]:
@@ -194,17 +179,10 @@ def build_step(plan: Plan) -> tuple[Callable[[], None], int]:
     A step on a tiny batch is made here: AdamW's moments are there before, as in every step of a run but the first.
     """
     model = build_model(plan)
-    optimizer = build_optimizer(model, learning_rate=1e-4, weight_decay=0.01, epsilon=1e-8)
-    words = plan.config.vocab_size
-
-    def step(batch: dict[str, torch.Tensor]) -> None:
-        model(**batch).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    step(build_batch(1, 16, words))
-    batch = build_batch(plan.rows, plan.length, words)
-    return lambda: step(batch), sum(parameter.numel() for parameter in model.parameters())
+    step = TrainingStep(model, random_batch(plan.config, 1, 16))
+    run(step)
+    step.batch = random_batch(plan.config, plan.rows, plan.length)
+    return partial(run, step), sum(parameter.numel() for parameter in model.parameters())
 
 
 def prepare_step(name: str, value: int) -> Callable[[], None]:

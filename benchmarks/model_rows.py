@@ -6,7 +6,12 @@ heads of mixlm, so that encoders are compared.
 """
 
 import copy
+import os
+import shutil
+import tempfile
+import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -27,14 +32,15 @@ from transformers import (
 )
 
 from mixlm import MixLMConfig, MixLMForMaskedLM, MixLMForPreTraining, MixLMSwitchConfig, MixLMSwitchForPreTraining
-from mixlm.heads import IGNORE, MaskedLMHead, SentenceOrderHead, masked_lm_loss
+from mixlm.errors import UserError
+from mixlm.heads import IGNORE, MaskedLMHead, PreTrainingOutput, SentenceOrderHead, masked_lm_loss
 from mixlm.kernels import Kernels
 from mixlm.modeling_switch import SwitchFeedForward, within_capacity
-from mixlm.profiling import count_operations
-from mixlm.training.optimization import build_optimizer
+from mixlm.profiling import EncoderForward, Step, TrainingStep, count_operations, random_batch, run
 
 VOCABULARY = 35_000
 HIDDEN, LAYERS = 512, 12
+COMPILED_LAYERS = 3  # compiling takes minutes, and longer with every layer
 PAIRS = 5
 PEERS = {
     "bert": (
@@ -122,11 +128,11 @@ class PeerForPreTraining(nn.Module):
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, sentence_order_label: Tensor
-    ) -> Tensor:
+    ) -> PreTrainingOutput:
         hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         labelled = labels != IGNORE
         mlm_loss = masked_lm_loss(self.mlm_head(hidden[labelled]), labels[labelled])
-        return mlm_loss + F.cross_entropy(self.sop_head(hidden), sentence_order_label)
+        return PreTrainingOutput(loss=mlm_loss + F.cross_entropy(self.sop_head(hidden), sentence_order_label))
 
 
 def peer(name: str) -> PeerForPreTraining:
@@ -145,61 +151,28 @@ def base_model(length: int = 512, **fields) -> MixLMForPreTraining:
     )
 
 
-def random_batch(rows: int, length: int) -> dict[str, Tensor]:
-    """Random ids, the last row a quarter padding, 15% of the tokens labelled."""
-    generator = torch.Generator().manual_seed(0)
-    input_ids = torch.randint(5, VOCABULARY, (rows, length), generator=generator)
-    attention_mask = torch.ones_like(input_ids)
-    attention_mask[-1, -length // 4 :] = 0
-    is_labelled = (torch.rand(input_ids.shape, generator=generator) < 0.15) & attention_mask.bool()
-    return {
-        "input_ids": input_ids,
-        "attention_mask": attention_mask,
-        "labels": torch.where(is_labelled, input_ids, IGNORE),
-        "sentence_order_label": torch.randint(2, (rows,), generator=generator),
-    }
+def padded_batch(rows: int, length: int) -> dict[str, Tensor]:
+    """The same random texts each time, the last a quarter padding, without token types: not every competitor has them.
+
+    Padding is there because some attention does without its mask where nothing is padded.
+    """
+    torch.manual_seed(0)
+    batch = random_batch(MixLMConfig(vocab_size=VOCABULARY), rows, length)
+    del batch["token_type_ids"]
+    batch["attention_mask"][-1, -length // 4 :] = 0
+    batch["labels"][-1, -length // 4 :] = IGNORE
+    return batch
 
 
-def loss_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """The loss of one of mixlm's models or of a competitor."""
-    output = model(**batch)
-    return output if isinstance(output, Tensor) else output.loss
-
-
-def training_step(model: nn.Module, batch: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> Callable[[], None]:
-    """Forward, backward, AdamW."""
-    model.train()
-
-    def step() -> None:
-        loss_of(model, batch).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
-
-
-def fused_adamw(model: nn.Module) -> torch.optim.AdamW:
-    """The optimizer of mixlm's training loop."""
-    return build_optimizer(model, 1e-4, 0.01, 1e-8)
-
-
-def plain_adamw(model: nn.Module) -> torch.optim.AdamW:
-    """The optimizer of the older scripts."""
-    return torch.optim.AdamW(model.parameters(), lr=1e-4)
-
-
-@torch.no_grad()
 def encoder_forward() -> list[Result]:
     """Encoder forward pass, mixlm-base: times faster than the older formulation"""
     torch.set_num_threads(1)
-    batch = random_batch(8, 128)
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    model = base_model().eval()
-    competitors = {"older": OlderForPreTraining(copy.deepcopy(model)).encoder, "mixlm": model.encoder}
-    competitors |= {name: peer(name).encoder.eval() for name in PEERS}
-    seconds = interleaved(
-        {name: (lambda encoder=encoder: encoder(**inputs)) for name, encoder in competitors.items()}, PAIRS + 2
-    )
+    batch = padded_batch(8, 128)
+    model = base_model()
+    encoders = {"older": OlderForPreTraining(copy.deepcopy(model)).encoder, "mixlm": model.encoder}
+    encoders |= {name: peer(name).encoder for name in PEERS}
+    steps = {name: partial(run, EncoderForward(encoder, batch)) for name, encoder in encoders.items()}
+    seconds = interleaved(steps, PAIRS + 2)
     return [
         Result(
             "encoder_forward_8x128" if name == "older" else f"encoder_forward_vs_{name}",
@@ -227,16 +200,12 @@ def long_train_step() -> list[Result]:
 
 def _against_older(name: str, target: str, rows: int, length: int) -> Result:
     torch.set_num_threads(1)
-    batch = random_batch(rows, length)
+    batch = padded_batch(rows, length)
     model = base_model()
-    older = OlderForPreTraining(copy.deepcopy(model))
-    seconds = interleaved(
-        {
-            "older": training_step(older, batch, plain_adamw(older)),
-            "mixlm": training_step(model, batch, fused_adamw(model)),
-        },
-        PAIRS,
-    )
+    older = TrainingStep(OlderForPreTraining(copy.deepcopy(model)), batch)
+    older.optimizer = torch.optim.AdamW(older.model.parameters(), lr=1e-4)  # that of the older scripts
+    steps = {"older": older, "mixlm": TrainingStep(model, batch)}
+    seconds = interleaved({name: partial(run, step) for name, step in steps.items()}, PAIRS)
     ratio = median_ratio(seconds["older"], seconds["mixlm"])
     return Result(name, ratio, "x", target, f"{LAYERS} layers, {rows} x {length}", 1, PAIRS)
 
@@ -244,15 +213,14 @@ def _against_older(name: str, target: str, rows: int, length: int) -> Result:
 def train_step_of_peers() -> list[Result]:
     """Training step, equal hidden size, layers and heads"""
     torch.set_num_threads(1)
-    batch = random_batch(8, 128)
+    batch = padded_batch(8, 128)
     models = {"mixlm": base_model(), **{name: peer(name) for name in PEERS}}
-    seconds = interleaved(
-        {name: training_step(model, batch, fused_adamw(model)) for name, model in models.items()}, PAIRS
-    )
+    steps = {name: partial(run, TrainingStep(model, batch)) for name, model in models.items()}
+    seconds = interleaved(steps, PAIRS)
     # In the plain form, which computes nothing twice: what is done again is no work done.
     counted = {"mixlm": base_model(kernels="plain").train(), "bert": models["bert"]}
     operations = {
-        name: count_operations(lambda model=model: loss_of(model, batch).backward()) for name, model in counted.items()
+        name: count_operations(lambda model=model: model(**batch).loss.backward()) for name, model in counted.items()
     }
     rates = {name: operations[name] / medians(seconds)[name] for name in operations}
     shape, targets = f"{LAYERS} layers, 8 x 128", {"bert": ">= 1.0"}
@@ -274,13 +242,52 @@ def train_step_of_peers() -> list[Result]:
     ]
 
 
+def train_step_compiled() -> list[Result]:
+    """Training step: times faster by torch.compile (inductor) than uncompiled with the default kernels"""
+    return [_against_uncompiled("train_step_compiled", TrainingStep)]
+
+
+def encoder_forward_compiled() -> list[Result]:
+    """Encoder forward pass: times faster by torch.compile (inductor) than uncompiled with the default kernels"""
+    return [_against_uncompiled("encoder_forward_compiled", EncoderForward)]
+
+
+def _against_uncompiled(name: str, step_class: type[Step]) -> Result:
+    require_compiler()
+    torch.set_num_threads(1)
+    batch = padded_batch(8, 128)
+    model, compiled = (base_model(num_hidden_layers=COMPILED_LAYERS) for _ in range(2))
+    if step_class is EncoderForward:
+        model, compiled = model.encoder, compiled.encoder
+    steps = {
+        "uncompiled": step_class(model, batch),
+        "compiled": step_class(torch.compile(compiled, fullgraph=True), batch),
+    }
+    # With a new cache all is compiled now, whatever earlier runs left.
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+        started = time.perf_counter()
+        run(steps["compiled"])
+        compilation = time.perf_counter() - started
+        seconds = interleaved({name: partial(run, step) for name, step in steps.items()}, PAIRS)
+    shape = f"mixlm-base with {COMPILED_LAYERS} layers, 8 x 128; compiled in {compilation:.0f} s"
+    return Result(name, median_ratio(seconds["uncompiled"], seconds["compiled"]), "x", "", shape, 1, PAIRS)
+
+
+def require_compiler() -> None:
+    """Raise UserError where inductor has no C++ compiler."""
+    compiler = os.environ.get("CXX", "g++")
+    if not shutil.which(compiler):
+        raise UserError(f"{compiler}: no such C++ compiler, which torch.compile needs; install one, such as g++")
+
+
 def prepare_backward(kernels: str, rows: int, length: int) -> Callable[[], object]:
     """Forward and backward of mixlm-base; `kernels` "older" is the older formulation."""
     model = base_model(length, **({} if kernels == "older" else {"kernels": kernels})).train()
     if kernels == "older":
         model = OlderForPreTraining(model).train()
-    batch = random_batch(rows, length)
-    return lambda: loss_of(model, batch).backward()
+    batch = padded_batch(rows, length)
+    return lambda: model(**batch).loss.backward()
 
 
 def train_memory() -> list[Result]:
@@ -335,20 +342,25 @@ class LoopFeedForward(nn.Module):
         return self.dropout(transformed), router_logits
 
 
-def switch_feed_forward() -> list[Result]:
-    """Switch feed-forward, forward and backward"""
+def switch_feed_forward(rows: int, targets: dict[str, str]) -> list[Result]:
+    """Switch feed-forward, forward and backward, of `rows` texts.
+
+    Args:
+        rows: of 128 tokens.
+        targets: by the names of the results: that against the loop, and that of 32 experts over 4.
+    """
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    hidden = torch.randn(32, 128, HIDDEN, requires_grad=True)
+    hidden = torch.randn(rows, 128, HIDDEN, requires_grad=True)
     gradient = torch.randn_like(hidden)
     kernels = Kernels(fused=True, recompute=False)
 
     def work(feed_forward: SwitchFeedForward) -> Callable[[], None]:
-        def run() -> None:
+        def step() -> None:
             feed_forward(hidden, None, kernels)[0].backward(gradient)
             feed_forward.zero_grad()
 
-        return run
+        return step
 
     models = {}
     for experts in (4, 32):
@@ -359,11 +371,12 @@ def switch_feed_forward() -> list[Result]:
             models["loop"] = LoopFeedForward(copy.deepcopy(feed_forward)).train()
     pairs = 11
     seconds = interleaved({name: work(model) for name, model in models.items()}, pairs)
-    few, many = seconds["4 experts"], seconds["32 experts"]
-    shape = "32 x 128 tokens, 512 -> 2048"
+    few = seconds["4 experts"]
+    ratios = median_ratio(seconds["loop"], few), median_ratio(seconds["32 experts"], few)
+    shape = f"{rows} x 128 tokens, 512 -> 2048"
     return [
-        Result("switch_ffn_4_experts", median_ratio(seconds["loop"], few), "x", ">= 1.15", shape, 1, pairs),
-        Result("switch_ffn_32_over_4", median_ratio(many, few), "x", "<= 1.3", shape, 1, pairs),
+        Result(name, ratio, "x", target, shape, 1, pairs)
+        for (name, target), ratio in zip(targets.items(), ratios, strict=True)
     ]
 
 
@@ -372,7 +385,7 @@ def prepare_mlm_head(all_positions: bool, rows: int, length: int) -> Callable[[]
     torch.manual_seed(0)
     model = MixLMForMaskedLM(MixLMConfig.from_preset("mixlm-base", vocab_size=VOCABULARY, num_hidden_layers=3))
     hidden = torch.randn(rows, length, HIDDEN, requires_grad=True)
-    labels = random_batch(rows, length)["labels"]
+    labels = padded_batch(rows, length)["labels"]
 
     def work() -> None:
         if all_positions:
@@ -436,12 +449,22 @@ ROWS = [
             "train_step_flop_rate": "Operations a second in a training step, as a share of the GEMM peak",
         },
     ),
+    Row(("encoder_forward_compiled",), encoder_forward_compiled),
+    Row(("train_step_compiled",), train_step_compiled),
     Row(
         ("switch_ffn_4_experts", "switch_ffn_32_over_4"),
-        switch_feed_forward,
+        partial(switch_feed_forward, 32, {"switch_ffn_4_experts": ">= 1.15", "switch_ffn_32_over_4": "<= 1.3"}),
         {
             "switch_ffn_4_experts": "Switch feed-forward, forward + backward: times faster than a loop over 4 experts",
             "switch_ffn_32_over_4": "Switch feed-forward, forward + backward: time of 32 experts over that of 4",
+        },
+    ),
+    Row(
+        ("switch_ffn_4_experts_8x128", "switch_ffn_32_over_4_8x128"),
+        partial(switch_feed_forward, 8, {"switch_ffn_4_experts_8x128": "", "switch_ffn_32_over_4_8x128": ""}),
+        {
+            "switch_ffn_4_experts_8x128": "The same with fewer tokens: times faster than a loop over 4 experts",
+            "switch_ffn_32_over_4_8x128": "The same with fewer tokens: time of 32 experts over that of 4",
         },
     ),
     Row(

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixlm import MixLMConfig, MixLMForPreTraining
-from mixlm.heads import IGNORE
+from mixlm.heads import IGNORE, PreTrainingOutput
 from mixlm.modeling_mixlm import kernel_sizes
 
 
@@ -148,9 +148,9 @@ class OlderForPreTraining(nn.Module):
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, sentence_order_label: Tensor
-    ) -> Tensor:
-        """The sum of the MLM and SOP losses, a scalar."""
+    ) -> PreTrainingOutput:
+        """The sum of the MLM and SOP losses."""
         hidden = self.encoder(input_ids, attention_mask)
         logits = self.mlm_head(hidden)
         mlm_loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE)
-        return mlm_loss + F.cross_entropy(self.sop_head(hidden), sentence_order_label)
+        return PreTrainingOutput(loss=mlm_loss + F.cross_entropy(self.sop_head(hidden), sentence_order_label))

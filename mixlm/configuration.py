@@ -198,9 +198,11 @@ class MixLMConfig(_EncoderConfig):
         initializer_range: standard deviation of initial weights.
         pretraining_objective: what ForPreTraining learns beside MLM: "sop" (ALBERT) or "ict" (ORQA).
         pooler: how a text becomes one vector: "decoder" (a learned weight per position), "mean" or "cls".
-        kernels: how the formulas are computed; it changes time and memory but no result. "plain" = torch's operations
-            one by one; "fused" = the functions of `mixlm.kernels`; "lean" = those, computing the activations of the
-            feed-forward twice rather than keeping them; "auto" = by device and length (`kernels.choose_kernels`).
+        kernels: how the formulas are computed. It changes time and memory, and no result in float32 and float64; in 16
+            bits, gradients differ in rounding. "plain" = torch's operations one by one; "fused" = the functions of
+            `mixlm.kernels`; "lean" = those, computing the activations of the feed-forward twice rather than keeping
+            them; "auto" = by device, hidden size and length (`kernels.choose_kernels`). Only "plain" can run backward
+            twice through the same forward pass (retain_graph, second derivatives); the others say so in an error.
 
     Raises:
         StrictDataclassError: a field has the wrong type, or a value that is not allowed (the message names both).

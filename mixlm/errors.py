@@ -6,6 +6,8 @@ from collections.abc import Callable
 from functools import wraps
 
 USER_ERROR_EXIT_CODE = 2
+STOPPED_EXIT_CODE = 3
+LOST_RANK_EXIT_CODE = 4
 INTERRUPTED_EXIT_CODE = 130  # what a shell expects after Ctrl-C
 
 
@@ -13,13 +15,27 @@ class UserError(Exception):
     """Something the user can mend. The message is a single line and is shown without a traceback."""
 
 
+class RunStopped(Exception):
+    """A run ended before its last step because it was asked to, and can go on from there. A single line."""
+
+
 def one_line(message: object) -> str:
     """`message` with line breaks and runs of blanks folded, so that an error never takes more than one line."""
     return " ".join(str(message).split())
 
 
+def _is_about_another_rank(error: RuntimeError) -> bool:
+    """Whether torch.distributed has lost a rank: gloo says so in words alone, NCCL and the store have classes."""
+    by_class = type(error).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError")
+    by_words = any(
+        words in str(error) for words in ("Connection closed by peer", "Connection reset by peer", "Timed out waiting")
+    )
+    return by_class or by_words
+
+
 def exits_on_user_error(main: Callable) -> Callable:
-    """Decorate a program's `main`: a `UserError` becomes `error: ...` on stderr and exit code 2, Ctrl-C 130."""
+    """Decorate a program's `main`: a `UserError` becomes `error: ...` on stderr and exit code 2, `RunStopped` its line
+    and exit code 3, a rank that is lost 4, Ctrl-C 130."""
 
     @wraps(main)
     def wrapper(*args, **kwargs):
@@ -29,6 +45,20 @@ def exits_on_user_error(main: Callable) -> Callable:
             if os.environ.get("RANK", "0") == "0":  # what is wrong with the input is wrong on every rank
                 print(f"error: {one_line(error)}", file=sys.stderr)
             sys.exit(USER_ERROR_EXIT_CODE)
+        except RunStopped as stop:
+            if os.environ.get("RANK", "0") == "0":
+                print(one_line(stop), file=sys.stderr)
+            sys.exit(STOPPED_EXIT_CODE)
+        except RuntimeError as error:
+            if not _is_about_another_rank(error):
+                raise
+            rank = os.environ.get("RANK", "0")
+            print(
+                f"error: rank {rank}: another rank has ended or does not answer; what the launcher or that rank says "
+                f"first is the cause ({one_line(error)[:200]})",
+                file=sys.stderr,
+            )
+            sys.exit(LOST_RANK_EXIT_CODE)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             sys.exit(INTERRUPTED_EXIT_CODE)

@@ -11,6 +11,11 @@ from safetensors import SafetensorError
 from .errors import UserError, one_line
 
 
+def cache_folder(asked: str | Path | None = None) -> Path:
+    """Where tokenized corpora and the like are kept: `asked`, or MIXLM_CACHE, or ~/.cache/mixlm."""
+    return Path(asked or os.environ.get("MIXLM_CACHE") or "~/.cache/mixlm").expanduser()
+
+
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
     """A new folder to be filled. When all went well it takes the place of `folder`, and else it is removed.

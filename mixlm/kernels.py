@@ -1,26 +1,30 @@
 """The fast parts of the encoders: what stands behind their formulas when speed or memory is at stake.
 
-Every function here has a plain form in torch's own operations beside it, and gives the same numbers. `choose_kernels`
-is the one place where the form of a forward pass is chosen.
+Whatever is fast here has a plain form in torch's own operations, and gives its numbers:
+`reversible_residual_attention` those of `residual_attention`; `mixed_kernel_feed_forward` and `expert_feed_forward`
+those of the modules that call them; `TokenConvolution` and `Dropout` are torch's modules in all but speed.
+`choose_kernels` is the one place where the form of a forward pass is chosen.
 
 Letters of the shapes: batch B, length L, hidden size C, attention maps E (MixLM: slices), width of a map D, kernel
 groups G, feed-forward width F.
 """
 
+import functools
 import math
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch.nn.modules.module import _has_any_global_hook
 
 # Tokens whose feed-forward is computed at once: enough for matrix products to run at full speed, and few enough for
 # the activations to stay in the cache and for the buffers to be cheap to get.
 TOKENS_PER_BLOCK = 512
-# Below both of these a step is so small that the calls of the fused forms cost more than they save.
-WIDTH_WORTH_FUSING, LENGTH_WORTH_FUSING = 256, 512
+# Fused from this hidden size or this length on. Below both, a step is so small that the calls of the fused forms cost
+# more than they save.
+WIDTH_WORTH_FUSING, LENGTH_WORTH_FUSING = 384, 512
 # From this length on, activations rather than weights fill the memory of a training step.
 LENGTH_WORTH_RECOMPUTING = 1024
 
@@ -50,11 +54,10 @@ def choose_kernels(setting: str, hidden: Tensor, plain_needed: bool) -> Kernels:
     """The forms for this input, [B, L, C].
 
     Args:
-        setting: `config.kernels`. "auto" follows what was measured on a CPU (benchmarks/README.md): the fused forms
-            keep less, and in time they are 1.03 to 1.4 times as fast as plain ones from hidden size 384 or 512 tokens
-            on, 4 to 8% slower at a hidden size of 256, and up to 18% slower below; from 1,024 tokens on recomputing
-            is worth its time. On other devices nothing was measured, and torch's own operations run. "plain", "fused"
-            and "lean" force a choice.
+        setting: `config.kernels`. "auto" follows what was measured on a CPU (benchmarks/README.md): fused where the
+            hidden size is at least 384 or the length at least 512, for there the fused forms are 1.03 to 1.4 times as
+            fast as plain ones, and below both up to 18% slower; recomputing from 1,024 tokens on. On other devices
+            nothing was measured, and torch's own operations run. "plain", "fused" and "lean" force a choice.
         hidden: the input of the stack.
         plain_needed: somebody wants what the fused forms do not have: attention probabilities with a gradient, or
             scores that gradient checkpointing can run twice from.
@@ -69,10 +72,11 @@ def choose_kernels(setting: str, hidden: Tensor, plain_needed: bool) -> Kernels:
 
 
 def is_bare(module: nn.Module, its_class: type[nn.Module]) -> bool:
-    """Whether calling the module does what its class says and nothing else, so that its weights may be used directly.
+    """Whether calling the module does what its class says and nothing else, with every weight and bias that the class
+    has, so that they may be used directly.
 
-    Not so after it or a weight was swapped for another (adapters, quantisation, sharding), or with hooks (probing,
-    offloading).
+    Not so after it or a weight was swapped for another (adapters, quantisation, sharding), without its bias, or with
+    hooks, its own or those of all modules (probing, pruning, offloading).
     """
     hooks = (
         *(module._forward_hooks, module._forward_pre_hooks),
@@ -82,16 +86,54 @@ def is_bare(module: nn.Module, its_class: type[nn.Module]) -> bool:
         type(module) is its_class
         and "forward" not in vars(module)
         and not any(hooks)
-        and all(type(parameter) is nn.Parameter for parameter in module.parameters(recurse=False))
+        and not _has_any_global_hook()
+        and all(type(parameter) is nn.Parameter for parameter in module._parameters.values())
     )
 
 
-def to_autocast(*tensors: Tensor) -> list[Tensor]:
-    """The tensors in the precision that autocast asks for: its own rules do not reach into a custom function."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return list(tensors)
-    return [tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors]
+# -- what the custom functions share ---------------------------------------------------------------------------------
+
+
+def precision_of_products(hidden: Tensor) -> torch.dtype:
+    """The type in which a custom function multiplies: that of its input, or what autocast asks for.
+
+    Autocast's own rules do not reach into a custom function. It is handed the tensors as they are and casts inside, so
+    that what it keeps for the backward pass are the parameters themselves, not a copy for each call of a shared layer.
+    """
+    device = hidden.device.type
+    if hidden.dtype == torch.float64 or not torch.is_autocast_enabled(device):  # autocast leaves float64 alone
+        return hidden.dtype
+    return torch.get_autocast_dtype(device)
+
+
+def sums_like(tensor: Tensor) -> Tensor:
+    """Zeros to add a gradient to, block by block: in float32 at least, for 16 bits would round at every addition."""
+    return torch.zeros_like(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor, scaling: float = 1) -> None:
+    """total += scaling x left @ right, of a matrix or a batch of them; the sum may be of higher precision."""
+    if total.dtype != left.dtype:
+        total.add_(left @ right, alpha=scaling)
+    elif total.dim() == 2:
+        total.addmm_(left, right, alpha=scaling)
+    else:
+        total.baddbmm_(left, right, alpha=scaling)
+
+
+def first_derivatives_only(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A backward pass that works in place and cannot be differentiated itself: an error where that is asked for.
+
+    Gradients are enabled in a backward pass with create_graph=True, and there alone.
+    """
+
+    @functools.wraps(backward)
+    def checked(ctx, *gradients):
+        if torch.is_grad_enabled():
+            raise RuntimeError('second derivatives (create_graph=True) need the configuration field kernels="plain"')
+        return backward(ctx, *gradients)
+
+    return checked
 
 
 # -- dropout ---------------------------------------------------------------------------------------------------------
@@ -99,7 +141,12 @@ def to_autocast(*tensors: Tensor) -> list[Tensor]:
 
 def draw_seed() -> int:
     """A seed from torch's CPU generator. A mask that is a function of its seed need not be kept for the backward."""
-    return int(torch.empty((), dtype=torch.int64).random_())
+    return int(torch.empty((), dtype=torch.int64, device="cpu").random_())
+
+
+def draws_from_seed(hidden: Tensor) -> bool:
+    """Whether dropout of `hidden` draws from a seed: cheaper on a CPU, and not what a compiler can see through."""
+    return hidden.device.type == "cpu" and not is_traced()
 
 
 def dropout_factors(like: Tensor, probability: float, generator: torch.Generator) -> Tensor:
@@ -108,6 +155,8 @@ def dropout_factors(like: Tensor, probability: float, generator: torch.Generator
     One random 64-bit integer decides on four entries, each by comparing 16 bits with a threshold: on a CPU that is
     five times faster than torch's Bernoulli numbers. The probability is rounded to 1/65,536, and the factor to it.
     """
+    if probability == 1:
+        return torch.zeros_like(like, memory_format=torch.contiguous_format)
     threshold = min(round(probability * 65536), 65535)
     integers = torch.empty(-(-like.numel() // 4), dtype=torch.int64, device=like.device)
     integers.random_(-(2**63), None, generator=generator)
@@ -135,14 +184,14 @@ class _SeededDropout(torch.autograd.Function):
 
 
 class Dropout(nn.Dropout):
-    """Dropout whose mask is drawn cheaply and not kept: nn.Dropout in all else."""
+    """Dropout whose mask is, on a CPU, drawn cheaply and not kept: nn.Dropout in all else."""
 
     def forward(self, hidden: Tensor) -> Tensor:
         if not self.training or self.p == 0:
             return hidden
-        if is_traced():
-            return F.dropout(hidden, self.p)
-        return _SeededDropout.apply(hidden, self.p, draw_seed())
+        if draws_from_seed(hidden):
+            return _SeededDropout.apply(hidden, self.p, draw_seed())
+        return F.dropout(hidden, self.p)
 
 
 # -- attention with residual scores ----------------------------------------------------------------------------------
@@ -176,7 +225,7 @@ def residual_attention(
         visible = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
     probabilities = visible.softmax(dim=-1)
     dropped = probabilities
-    if dropout and is_traced():
+    if dropout and not draws_from_seed(scores):
         dropped = F.dropout(probabilities, dropout)
     elif dropout:  # map by map, as the reversible form draws
         generator = seeded(draw_seed(), scores.device)
@@ -205,11 +254,12 @@ def reversible_residual_attention(
 
     Returns:
         the attended values [B, L, E, D] and the raw scores to carry on [B, E, L, L]: the memory of `previous_scores`,
-        with other content. A backward pass can therefore run only once, and only through all layers that were run.
+        with other content. They are valid until the next layer runs, which adds its own to them. A backward pass can
+        therefore run only once, and only through all layers that were run.
     """
-    seed = draw_seed() if dropout else 0
+    seed, dtype = draw_seed() if dropout else 0, precision_of_products(queries)
     attended, scores = _ReversibleAttention.apply(
-        *to_autocast(queries, keys, values), previous_scores, attention_mask, dropout, seed
+        queries, keys, values, previous_scores, attention_mask, dropout, seed, dtype
     )
     if scores.grad_fn is not None:
         scores.grad_fn.version = scores._version
@@ -218,34 +268,38 @@ def reversible_residual_attention(
 
 class _ReversibleAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, queries, keys, values, previous_scores, attention_mask, dropout, seed):
+    def forward(ctx, queries, keys, values, previous_scores, attention_mask, dropout, seed, dtype):
         ctx.set_materialize_grads(False)
-        batch, length, maps, _ = queries.shape
+        ctx.save_for_backward(queries, keys, values, attention_mask)
+        ctx.dropout, ctx.seed, ctx.dtype, ctx.is_first = dropout, seed, dtype, previous_scores is None
+        queries, keys, values = (tensor.to(dtype) for tensor in (queries, keys, values))
+        batch, length, maps, width = queries.shape
         scores = previous_scores
         if previous_scores is None:
-            dtype = torch.promote_types(queries.dtype, torch.float32)
-            scores = queries.new_zeros(batch, maps, length, length, dtype=dtype)
+            scores = queries.new_zeros(batch, maps, length, length, dtype=torch.promote_types(dtype, torch.float32))
         else:
             ctx.mark_dirty(previous_scores)
         generator = seeded(seed, queries.device) if dropout else None
         attended = torch.empty_like(values)
         for each in range(maps):
-            _add_product(scores[:, each], queries[:, :, each], keys[:, :, each], sign=1)
+            add_product(
+                scores[:, each], queries[:, :, each], keys[:, :, each].transpose(1, 2), scaling=1 / math.sqrt(width)
+            )
             probabilities, factors = _probabilities(scores[:, each], attention_mask, dropout, generator)
             if dropout:
                 probabilities.mul_(factors)
-            torch.bmm(probabilities.to(values.dtype), values[:, :, each], out=attended[:, :, each])
-        ctx.save_for_backward(queries, keys, values, attention_mask)
-        ctx.dropout, ctx.seed, ctx.is_first = dropout, seed, previous_scores is None
+            torch.bmm(probabilities.to(dtype), values[:, :, each], out=attended[:, :, each])
         # Another tensor on the same memory: keeping the output itself would be a cycle, and saving it would count the
         # changes that later layers make.
         ctx.scores = scores.detach()
         return attended, scores
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives_only
     def backward(ctx, by_attended, by_scores):
         queries, keys, values, attention_mask = ctx.saved_tensors
+        queries, keys, values = (tensor.to(ctx.dtype) for tensor in (queries, keys, values))
+        for_queries, for_keys, for_values, *_ = ctx.needs_input_grad
         scores, ctx.scores = ctx.scores, None
         if scores is None:
             raise RuntimeError(
@@ -258,15 +312,17 @@ class _ReversibleAttention(torch.autograd.Function):
                 'that depends on the hidden states of inner layers alone needs the configuration field kernels="plain"'
             )
         by_scores = torch.zeros_like(scores) if by_scores is None else by_scores
-        by_queries, by_keys, by_values = (torch.empty_like(tensor) for tensor in (queries, keys, values))
+        by_queries, by_keys, by_values = (torch.zeros_like(tensor) for tensor in (queries, keys, values))
         generator = seeded(ctx.seed, queries.device) if ctx.dropout else None
+        scaling = 1 / math.sqrt(queries.shape[-1])
         # The probabilities in a text of padding alone are not a function of its scores.
         has_keys = None if attention_mask is None else attention_mask.any(dim=-1)  # [B, 1, 1]
         for each in range(queries.shape[2]):
             probabilities, factors = _probabilities(scores[:, each], attention_mask, ctx.dropout, generator)
-            dropped = probabilities * factors if ctx.dropout else probabilities
-            output = by_attended[:, :, each].to(values.dtype)
-            torch.bmm(dropped.to(values.dtype).transpose(1, 2), output, out=by_values[:, :, each])
+            output = by_attended[:, :, each]
+            if for_values:
+                dropped = probabilities * factors if ctx.dropout else probabilities
+                torch.bmm(dropped.to(ctx.dtype).transpose(1, 2), output, out=by_values[:, :, each])
             output = output if has_keys is None else output * has_keys
             by_probabilities = torch.bmm(output, values[:, :, each].transpose(1, 2)).to(scores.dtype)
             if ctx.dropout:
@@ -274,23 +330,14 @@ class _ReversibleAttention(torch.autograd.Function):
             # In place: the gradient of the carried scores comes from the next layer's backward alone.
             total = by_scores[:, each]
             total += torch._softmax_backward_data(by_probabilities, probabilities, -1, scores.dtype)
-            by_product = total.to(queries.dtype)
-            torch.bmm(by_product, keys[:, :, each], out=by_queries[:, :, each])
-            torch.bmm(by_product.transpose(1, 2), queries[:, :, each], out=by_keys[:, :, each])
+            by_product = total.to(ctx.dtype)
+            if for_queries:
+                add_product(by_queries[:, :, each], by_product, keys[:, :, each], scaling)
+            if for_keys:
+                add_product(by_keys[:, :, each], by_product.transpose(1, 2), queries[:, :, each], scaling)
             if not ctx.is_first:
-                _add_product(scores[:, each], queries[:, :, each], keys[:, :, each], sign=-1)
-        scaling = 1 / math.sqrt(queries.shape[-1])
-        by_queries, by_keys = by_queries.mul_(scaling), by_keys.mul_(scaling)
-        return by_queries, by_keys, by_values, None if ctx.is_first else by_scores, None, None, None
-
-
-def _add_product(scores: Tensor, queries: Tensor, keys: Tensor, sign: int) -> None:
-    """scores [B, L, L] += sign x queries keysᵀ / √D, with both [B, L, D]."""
-    scaling = sign / math.sqrt(queries.shape[-1])
-    if scores.dtype == queries.dtype:
-        scores.baddbmm_(queries, keys.transpose(1, 2), alpha=scaling)
-    else:
-        scores.add_(torch.bmm(queries, keys.transpose(1, 2)), alpha=scaling)
+                add_product(scores[:, each], queries[:, :, each], keys[:, :, each].transpose(1, 2), -scaling)
+        return by_queries, by_keys, by_values, None if ctx.is_first else by_scores, None, None, None, None
 
 
 def _probabilities(
@@ -309,23 +356,31 @@ def _probabilities(
 # -- mixed-kernel convolutions ---------------------------------------------------------------------------------------
 
 
+class TokenConvolution(nn.Conv1d):
+    """nn.Conv1d, with stride 1, for channels that are stored token by token, as a hidden state is.
+
+    A text lies in an image of height 1 with its channels last, for which torch's convolutions are faster.
+    """
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """[B, channels, L] -> [B, channels, L], each in the memory of [B, L, channels]."""
+        weight = self.weight.unsqueeze(2).contiguous(memory_format=torch.channels_last)
+        image = inputs.unsqueeze(2)
+        return F.conv2d(image, weight, self.bias, padding=(0, *self.padding), groups=self.groups).squeeze(2)
+
+
 def mixed_kernel_convolution(hidden: Tensor, convolutions: nn.ModuleList, slices: int) -> Tensor:
     """Each slice of the hidden state through its own grouped convolution: [B, L, C] -> [B, L, slices, M].
 
     Group g of a slice goes through a kernel of its own size. The slices have the same sizes, so that one convolution
     per kernel size, with the slices as its groups, serves them all, and no tap is spent on the zero rim of a smaller
     kernel. The weight of each is [slices x M / G, C / (slices x G), taps].
-
-    A text lies in an image of height 1 with its channels last, which is how tokens are stored already.
     """
-    batch, length, _ = hidden.shape
-    by_group = hidden.view(batch, length, slices, len(convolutions), -1).unbind(dim=3)
-    convolved = []
-    for convolution, inputs in zip(convolutions, by_group, strict=True):
-        image = inputs.reshape(batch, 1, length, -1).permute(0, 3, 1, 2)
-        weight = convolution.weight.unsqueeze(2).contiguous(memory_format=torch.channels_last)
-        output = F.conv2d(image, weight, convolution.bias, padding=(0, weight.shape[-1] // 2), groups=slices)
-        convolved.append(output.permute(0, 2, 3, 1).reshape(batch, length, slices, -1))
+    by_group = hidden.unflatten(2, (slices, len(convolutions), -1)).unbind(dim=3)
+    convolved = [
+        convolution(inputs.flatten(2).transpose(1, 2)).transpose(1, 2).unflatten(2, (slices, -1))
+        for convolution, inputs in zip(convolutions, by_group, strict=True)
+    ]
     return torch.cat(convolved, dim=-1)
 
 
@@ -353,18 +408,17 @@ def mixed_kernel_feed_forward(
     Args:
         hidden: [B, L, C].
         token_mask: [B, L, 1], 0 for padding, which a kernel must not see; None where there is no padding.
-        convolutions: one Conv1d a kernel group, as in `mixed_kernel_convolution`.
+        convolutions: one a kernel group, as in `mixed_kernel_convolution`.
         dense: Linear, F -> C.
         slices: E.
         activation: a name in ACTIVATIONS.
         recompute: compute the convolution again in the backward pass.
     """
-    keep = torch.is_grad_enabled() and not recompute
+    keep, dtype = torch.is_grad_enabled() and not recompute, precision_of_products(hidden)
     weights, biases = zip(*((each.weight, each.bias) for each in convolutions), strict=True)
-    hidden, *parameters = to_autocast(hidden, dense.weight, dense.bias, *weights, *biases)
-    if token_mask is not None:
-        token_mask = token_mask.to(hidden.dtype)
-    return _FusedFeedForward.apply(hidden, token_mask, slices, activation, keep, *parameters)
+    return _FusedFeedForward.apply(
+        *(hidden, token_mask, slices, activation, keep, dtype, dense.weight, dense.bias), *weights, *biases
+    )
 
 
 class Activation(NamedTuple):
@@ -387,44 +441,41 @@ ACTIVATIONS = {
 
 class _FusedFeedForward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, token_mask, slices, activation, keep, dense_weight, dense_bias, *parameters):
+    def forward(ctx, hidden, token_mask, slices, activation, keep, dtype, dense_weight, dense_bias, *parameters):
         weights, biases = parameters[: len(parameters) // 2], parameters[len(parameters) // 2 :]
-        windows = _Windows(hidden, token_mask, [weight.shape[-1] for weight in weights], slices)
-        kernels = [_as_matrices(weight, slices) for weight in weights]
-        bias = _as_one(biases, slices)
-        batch, length, _ = hidden.shape
-        width = dense_weight.shape[1]
-        kept = hidden.new_empty(batch, length, width) if keep else None
-        active_block = hidden.new_empty(windows.rows, width)
-        output = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+        windows = _Windows(hidden, token_mask, [weight.shape[-1] for weight in weights], slices, dtype)
+        kernels, bias = _as_matrices(weights, slices, dtype), _as_one(biases, slices, dtype)
+        batch, length, width = *hidden.shape[:2], dense_weight.shape[1]
+        kept = hidden.new_empty(batch, length, width, dtype=dtype) if keep else None
+        active_block = hidden.new_empty(windows.rows, width, dtype=dtype)
+        output = torch.empty_like(hidden, dtype=dtype, memory_format=torch.contiguous_format)
+        to_output, output_bias = dense_weight.to(dtype).T, dense_bias.to(dtype)
         for texts, tokens in windows.blocks():
             target = output[texts, tokens].flatten(0, 1)
             active = active_block[: len(target)]
             entering = kept[texts, tokens].flatten(0, 1) if keep else active  # in place where nothing is kept
             windows.convolve(kernels, bias, (texts, tokens), out=entering)
             ACTIVATIONS[activation].forward(entering, out=active)
-            torch.addmm(dense_bias, active, dense_weight.T, out=target)
+            torch.addmm(output_bias, active, to_output, out=target)
         ctx.save_for_backward(hidden, token_mask, kept, dense_weight, *parameters)
-        ctx.slices, ctx.activation = slices, activation
+        ctx.slices, ctx.activation, ctx.dtype = slices, activation, dtype
         return output
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives_only
     def backward(ctx, by_output):
         hidden, token_mask, kept, dense_weight, *parameters = ctx.saved_tensors
         weights, biases = parameters[: len(parameters) // 2], parameters[len(parameters) // 2 :]
-        windows = _Windows(hidden, token_mask, [weight.shape[-1] for weight in weights], ctx.slices)
-        kernels = [_as_matrices(weight, ctx.slices) for weight in weights]
-        bias = _as_one(biases, ctx.slices)
-        by_kernels = [torch.empty_like(kernel) for kernel in kernels]
-        by_dense_weight, by_padded = torch.empty_like(dense_weight), torch.zeros_like(windows.padded)
-        width = dense_weight.shape[1]
-        by_biases = hidden.new_zeros(width)
-        active_block, by_active_block = hidden.new_empty(2, windows.rows, width).unbind()
-        recomputed = hidden.new_empty(windows.rows, width) if kept is None else None
-        by_output = by_output.contiguous()
-        for number, (texts, tokens) in enumerate(windows.blocks()):
-            beta = 0 if number == 0 else 1  # the first block writes the gradients of the weights, the others add
+        for_hidden, *_ = ctx.needs_input_grad
+        for_dense, for_convolutions = any(ctx.needs_input_grad[6:8]), any(ctx.needs_input_grad[8:])
+        windows = _Windows(hidden, token_mask, [weight.shape[-1] for weight in weights], ctx.slices, ctx.dtype)
+        kernels, bias = _as_matrices(weights, ctx.slices, ctx.dtype), _as_one(biases, ctx.slices, ctx.dtype)
+        by_kernels, by_bias = [sums_like(kernel) for kernel in kernels], sums_like(bias)
+        by_dense_weight, by_padded = sums_like(dense_weight), sums_like(windows.padded)
+        active_block, by_active_block = windows.padded.new_empty(2, windows.rows, len(bias)).unbind()
+        recomputed = windows.padded.new_empty(windows.rows, len(bias)) if kept is None else None
+        from_output, by_output = dense_weight.to(ctx.dtype), by_output.contiguous()
+        for texts, tokens in windows.blocks():
             by_target = by_output[texts, tokens].flatten(0, 1)
             active, by_active = active_block[: len(by_target)], by_active_block[: len(by_target)]
             if kept is None:
@@ -432,23 +483,28 @@ class _FusedFeedForward(torch.autograd.Function):
                 windows.convolve(kernels, bias, (texts, tokens), out=entering)
             else:
                 entering = kept[texts, tokens].flatten(0, 1)
-            ACTIVATIONS[ctx.activation].forward(entering, out=active)
-            by_dense_weight.addmm_(by_target.T, active, beta=beta)
-            torch.mm(by_target, dense_weight, out=by_active)
-            by_entering = active  # no longer needed, and of the right shape
-            ACTIVATIONS[ctx.activation].backward(by_active, entering, grad_input=by_entering)
-            by_biases += by_entering.sum(dim=0)
-            windows.convolve_back(kernels, by_entering, (texts, tokens), by_padded, by_kernels, beta)
+            if for_dense:
+                ACTIVATIONS[ctx.activation].forward(entering, out=active)
+                add_product(by_dense_weight, by_target.T, active)
+            if for_convolutions or for_hidden:
+                torch.mm(by_target, from_output, out=by_active)
+                by_entering = active  # no longer needed, and of the right shape
+                ACTIVATIONS[ctx.activation].backward(by_active, entering, grad_input=by_entering)
+            if for_convolutions:
+                by_bias += by_entering.sum(dim=0, dtype=by_bias.dtype)
+                windows.add_to_kernels(by_kernels, by_entering, (texts, tokens))
+            if for_hidden:
+                windows.add_to_padded(by_padded, by_entering, kernels, (texts, tokens))
         by_hidden = windows.inside(by_padded)
         if token_mask is not None:
             by_hidden = by_hidden * token_mask
         by_weights = [_as_convolution(kernel, weight) for kernel, weight in zip(by_kernels, weights, strict=True)]
-        by_biases = by_biases.view(ctx.slices, len(weights), -1).unbind(dim=1)
-        by_dense_bias = by_output.sum(dim=(0, 1))
+        by_biases = by_bias.view(ctx.slices, len(weights), -1).unbind(dim=1)
+        by_dense_bias = by_output.sum(dim=(0, 1), dtype=by_dense_weight.dtype)
         return (
-            *(by_hidden, None, None, None, None, by_dense_weight, by_dense_bias),
+            *(by_hidden, None, None, None, None, None, by_dense_weight, by_dense_bias),
             *by_weights,
-            *(bias.flatten() for bias in by_biases),
+            *(by_bias.flatten() for by_bias in by_biases),
         )
 
 
@@ -462,21 +518,22 @@ class _Windows:
         token_mask: [B, L, 1] or None.
         sizes: the kernel of each group, k.
         slices: E.
+        dtype: of the copies that are multiplied.
     """
 
-    def __init__(self, hidden: Tensor, token_mask: Tensor | None, sizes: list[int], slices: int):
+    def __init__(self, hidden: Tensor, token_mask: Tensor | None, sizes: list[int], slices: int, dtype: torch.dtype):
         batch, length, width = hidden.shape
         self.sizes, self.slices, self.rim = sizes, slices, max(sizes) // 2
         self.channels = width // (slices * len(sizes))
-        self.texts = min(max(TOKENS_PER_BLOCK // length, 1), batch)
+        self.texts = max(min(TOKENS_PER_BLOCK // length, batch), 1)
         self.tokens = min(TOKENS_PER_BLOCK, length)
         self.rows = self.texts * self.tokens  # of the largest block
-        self.padded = hidden.new_zeros(batch, length + 2 * self.rim, width)
+        self.padded = hidden.new_zeros(batch, length + 2 * self.rim, width, dtype=dtype)
         if token_mask is None:
             self.inside(self.padded).copy_(hidden)
         else:
             torch.mul(hidden, token_mask, out=self.inside(self.padded))
-        self.copies = hidden.new_empty(slices * self.rows * max(sizes) * self.channels)
+        self.copies = self.padded.new_empty(slices * self.rows * max(sizes) * self.channels)
 
     def inside(self, padded: Tensor) -> Tensor:
         """[B, L + 2 rim, C] -> [B, L, C] without the rim."""
@@ -495,24 +552,20 @@ class _Windows:
         for group, (kernel, output) in enumerate(zip(kernels, self._by_group(out), strict=True)):
             output.baddbmm_(self._matrices(block, group), kernel.transpose(1, 2))
 
-    def convolve_back(
-        self,
-        kernels: list[Tensor],
-        by_output: Tensor,
-        block: tuple[slice, slice],
-        by_padded: Tensor,
-        by_kernels: list[Tensor],
-        beta: int,
+    def add_to_kernels(self, by_kernels: list[Tensor], by_output: Tensor, block: tuple[slice, slice]) -> None:
+        """Add what a block's gradient [rows, F] says of the kernels to their gradients."""
+        for group, (by_kernel, by_group) in enumerate(zip(by_kernels, self._by_group(by_output), strict=True)):
+            add_product(by_kernel, by_group.transpose(1, 2), self._matrices(block, group))
+
+    def add_to_padded(
+        self, by_padded: Tensor, by_output: Tensor, kernels: list[Tensor], block: tuple[slice, slice]
     ) -> None:
-        """Add what a block's gradient [rows, F] says of the kernels and of the padded input to their gradients; with
-        `beta` 0, what stands in those of the kernels is overwritten."""
-        parts = zip(kernels, by_kernels, self._by_group(by_output), strict=True)
-        for group, (kernel, by_kernel, by_group) in enumerate(parts):
-            matrices = self._matrices(block, group)
-            by_kernel.baddbmm_(by_group.transpose(1, 2), matrices, beta=beta)
-            torch.bmm(by_group, kernel, out=matrices)
+        """Add what a block's gradient [rows, F] says of the padded input to its gradient."""
+        for group, (kernel, by_group) in enumerate(zip(kernels, self._by_group(by_output), strict=True)):
             windows = self._windows(by_padded, block, group)
-            for window, part in zip(windows.unbind(dim=3), matrices.view(windows.shape).unbind(dim=3), strict=True):
+            parts = self._copy_of(windows)
+            torch.bmm(by_group, kernel, out=parts.flatten(3).flatten(1, 2))
+            for window, part in zip(windows.unbind(dim=3), parts.unbind(dim=3), strict=True):
                 window += part
 
     def _by_group(self, wide: Tensor) -> tuple[Tensor, ...]:
@@ -534,13 +587,16 @@ class _Windows:
     def _matrices(self, block: tuple[slice, slice], group: int) -> Tensor:
         """A copy of the windows as a matrix for each slice, [E, texts x tokens, k c]; the next call overwrites it."""
         windows = self._windows(self.padded, block, group)
-        copy = self.copies[: windows.numel()].view(windows.shape)
-        return copy.copy_(windows).flatten(3).flatten(1, 2)
+        return self._copy_of(windows).copy_(windows).flatten(3).flatten(1, 2)
+
+    def _copy_of(self, windows: Tensor) -> Tensor:
+        """Memory in the shape of the windows, whose content the next call overwrites."""
+        return self.copies[: windows.numel()].view(windows.shape)
 
 
-def _as_matrices(weight: Tensor, slices: int) -> Tensor:
-    """The weight of a Conv1d, [E x rows, c, k] -> one matrix a slice, [E, rows, k c]."""
-    return weight.unflatten(0, (slices, -1)).transpose(2, 3).flatten(2)
+def _as_matrices(weights: list[Tensor], slices: int, dtype: torch.dtype) -> list[Tensor]:
+    """The weights of the convolutions, [E x rows, c, k] each -> one matrix a slice, [E, rows, k c]."""
+    return [weight.to(dtype).unflatten(0, (slices, -1)).transpose(2, 3).flatten(2) for weight in weights]
 
 
 def _as_convolution(kernels: Tensor, weight: Tensor) -> Tensor:
@@ -548,9 +604,9 @@ def _as_convolution(kernels: Tensor, weight: Tensor) -> Tensor:
     return kernels.unflatten(2, (weight.shape[2], weight.shape[1])).transpose(2, 3).reshape(weight.shape)
 
 
-def _as_one(biases: list[Tensor], slices: int) -> Tensor:
+def _as_one(biases: list[Tensor], slices: int, dtype: torch.dtype) -> Tensor:
     """The biases of the kernel groups, [E x rows] each -> the bias of the whole width [F], slice by slice."""
-    return torch.stack([bias.view(slices, -1) for bias in biases], dim=1).flatten()
+    return torch.stack([bias.to(dtype).view(slices, -1) for bias in biases], dim=1).flatten()
 
 
 # -- experts ---------------------------------------------------------------------------------------------------------
@@ -580,55 +636,50 @@ def expert_feed_forward(
         activation: a name in ACTIVATIONS.
         recompute: compute the first layer again in the backward pass.
     """
-    keep = torch.is_grad_enabled() and not recompute
-    tensors = to_autocast(tokens, up_weight, up_bias, down_weight, down_bias)
-    return _FusedExperts.apply(counts, activation, keep, *tensors)
+    keep, dtype = torch.is_grad_enabled() and not recompute, precision_of_products(tokens)
+    return _FusedExperts.apply(tokens, up_weight, up_bias, down_weight, down_bias, counts, activation, keep, dtype)
 
 
-def _expert_blocks(counts: list[int]) -> Iterator[tuple[int, slice, int]]:
-    """At most TOKENS_PER_BLOCK tokens at once: the expert, its rows, and how many of its rows came before."""
+def _expert_blocks(counts: list[int]) -> Iterator[tuple[int, slice]]:
+    """At most TOKENS_PER_BLOCK tokens at once: the expert and its rows."""
     first = 0
     for expert, count in enumerate(counts):
         for before in range(0, count, TOKENS_PER_BLOCK):
-            yield expert, slice(first + before, first + min(before + TOKENS_PER_BLOCK, count)), before
+            yield expert, slice(first + before, first + min(before + TOKENS_PER_BLOCK, count))
         first += count
 
 
 class _FusedExperts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, counts, activation, keep, tokens, up_weight, up_bias, down_weight, down_bias):
+    def forward(ctx, tokens, up_weight, up_bias, down_weight, down_bias, counts, activation, keep, dtype):
         width = up_weight.shape[1]
-        block = min(TOKENS_PER_BLOCK, max(counts))
-        active_block = tokens.new_empty(block, width)
-        kept = tokens.new_empty(len(tokens), width) if keep else None
+        kept = tokens.new_empty(len(tokens), width, dtype=dtype) if keep else None
+        ctx.save_for_backward(kept, tokens, up_weight, up_bias, down_weight, down_bias)
+        ctx.counts, ctx.activation, ctx.dtype = counts, activation, dtype
+        tensors = (tokens, up_weight, up_bias, down_weight, down_bias)
+        tokens, up_weight, up_bias, down_weight, down_bias = (tensor.to(dtype) for tensor in tensors)
+        active_block = tokens.new_empty(min(TOKENS_PER_BLOCK, max(counts)), width)
         output = torch.empty_like(tokens)
-        for expert, rows, _ in _expert_blocks(counts):
+        for expert, rows in _expert_blocks(counts):
             active = active_block[: rows.stop - rows.start]
             entering = kept[rows] if keep else active  # in place where nothing is kept
             torch.addmm(up_bias[expert], tokens[rows], up_weight[expert].T, out=entering)
             ACTIVATIONS[activation].forward(entering, out=active)
             torch.addmm(down_bias[expert], active, down_weight[expert].T, out=output[rows])
-        ctx.save_for_backward(tokens, kept, up_weight, up_bias, down_weight)
-        ctx.counts, ctx.activation = counts, activation
         return output
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives_only
     def backward(ctx, by_output):
-        tokens, kept, up_weight, up_bias, down_weight = ctx.saved_tensors
-        by_output = by_output.contiguous()
-        width = up_weight.shape[1]
+        kept, *tensors = ctx.saved_tensors
+        for_tokens, *for_parameters = ctx.needs_input_grad[:5]
+        for_up, for_down = any(for_parameters[:2]), any(for_parameters[2:])
+        by_up_weight, by_up_bias, by_down_weight, by_down_bias = (sums_like(parameter) for parameter in tensors[1:])
+        tokens, up_weight, up_bias, down_weight, _ = (tensor.to(ctx.dtype) for tensor in tensors)
+        by_tokens, by_output = torch.zeros_like(tokens), by_output.contiguous()
         block = min(TOKENS_PER_BLOCK, max(ctx.counts))
-        active_block, by_active_block, recomputed = tokens.new_empty(3, block, width).unbind()
-        by_tokens = torch.empty_like(tokens)
-        by_up_weight, by_down_weight = torch.empty_like(up_weight), torch.empty_like(down_weight)
-        by_up_bias = torch.zeros_like(up_bias)
-        by_down_bias = tokens.new_zeros(down_weight.shape[:2])
-        for expert, count in enumerate(ctx.counts):
-            if count == 0:
-                by_up_weight[expert].zero_()
-                by_down_weight[expert].zero_()
-        for expert, rows, before in _expert_blocks(ctx.counts):
+        active_block, by_active_block, recomputed = tokens.new_empty(3, block, up_weight.shape[1]).unbind()
+        for expert, rows in _expert_blocks(ctx.counts):
             size = rows.stop - rows.start
             active, by_active = active_block[:size], by_active_block[:size]
             if kept is None:
@@ -636,14 +687,17 @@ class _FusedExperts(torch.autograd.Function):
                 torch.addmm(up_bias[expert], tokens[rows], up_weight[expert].T, out=entering)
             else:
                 entering = kept[rows]
-            beta = 0 if before == 0 else 1  # the first block of an expert writes its gradient, the others add to it
-            ACTIVATIONS[ctx.activation].forward(entering, out=active)
-            by_down_weight[expert].addmm_(by_output[rows].T, active, beta=beta)
-            by_down_bias[expert] += by_output[rows].sum(dim=0)
-            torch.mm(by_output[rows], down_weight[expert], out=by_active)
-            by_entering = active  # no longer needed, and of the right shape
-            ACTIVATIONS[ctx.activation].backward(by_active, entering, grad_input=by_entering)
-            by_up_weight[expert].addmm_(by_entering.T, tokens[rows], beta=beta)
-            by_up_bias[expert] += by_entering.sum(dim=0)
-            torch.mm(by_entering, up_weight[expert], out=by_tokens[rows])
-        return None, None, None, by_tokens, by_up_weight, by_up_bias, by_down_weight, by_down_bias
+            if for_down:
+                ACTIVATIONS[ctx.activation].forward(entering, out=active)
+                add_product(by_down_weight[expert], by_output[rows].T, active)
+                by_down_bias[expert] += by_output[rows].sum(dim=0, dtype=by_down_bias.dtype)
+            if for_up or for_tokens:
+                torch.mm(by_output[rows], down_weight[expert], out=by_active)
+                by_entering = active  # no longer needed, and of the right shape
+                ACTIVATIONS[ctx.activation].backward(by_active, entering, grad_input=by_entering)
+            if for_up:
+                add_product(by_up_weight[expert], by_entering.T, tokens[rows])
+                by_up_bias[expert] += by_entering.sum(dim=0, dtype=by_up_bias.dtype)
+            if for_tokens:
+                torch.mm(by_entering, up_weight[expert], out=by_tokens[rows])
+        return by_tokens, by_up_weight, by_up_bias, by_down_weight, by_down_bias, None, None, None, None

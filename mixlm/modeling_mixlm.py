@@ -24,6 +24,7 @@ from .heads import EncoderOutput, MaskedLMHeads, PreTrainingHeads, QuestionAnswe
 from .kernels import (
     Dropout,
     Kernels,
+    TokenConvolution,
     choose_kernels,
     is_bare,
     mixed_kernel_convolution,
@@ -86,7 +87,7 @@ class MixedKernelConvolution(nn.Module):
         self.slices = config.n_experts
         inputs, outputs = config.hidden_size // config.num_heads, channels_per_slice * self.slices // config.num_heads
         self.convolutions = nn.ModuleList(
-            nn.Conv1d(inputs, outputs, size, padding=size // 2, groups=self.slices)
+            TokenConvolution(inputs, outputs, size, padding=size // 2, groups=self.slices)
             for size in kernel_sizes(config.kernel_size, config.num_heads)
         )
 
@@ -199,6 +200,7 @@ class MixLMFeedForward(nn.Module):
         self.config = config
         self.convolution = MixedKernelConvolution(config, config.ff_dim // config.n_experts)
         self.act_fn = ACT2FN[config.act_fn]
+        self.act_class = type(self.act_fn)
         self.dense = nn.Linear(config.ff_dim, config.hidden_size)
         self.dropout = Dropout(config.dropout_prob)
 
@@ -222,9 +224,9 @@ class MixLMFeedForward(nn.Module):
         """Whether the fused form, which reads the weights and calls no module, leaves nothing out."""
         return (
             is_bare(self.convolution, MixedKernelConvolution)
-            and is_bare(self.act_fn, type(ACT2FN[self.config.act_fn]))
+            and all(is_bare(convolution, TokenConvolution) for convolution in self.convolution.convolutions)
+            and is_bare(self.act_fn, self.act_class)
             and is_bare(self.dense, nn.Linear)
-            and all(is_bare(convolution, nn.Conv1d) for convolution in self.convolution.convolutions)
         )
 
 
@@ -278,6 +280,7 @@ class EncoderStack(nn.Module):
     def __init__(self, config, attention_class: type[nn.Module], feed_forward_class: type[nn.Module]):
         super().__init__()
         self.num_layers, self.layer_group = config.num_hidden_layers, config.layer_group
+        self.attention_class = attention_class
         self.shared = {
             "all": {"attention", "feed_forward", "norms"},
             "ffn": {"feed_forward"},
@@ -288,6 +291,12 @@ class EncoderStack(nn.Module):
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(self._count("norms")))
         self.final_norm = (
             nn.LayerNorm(config.hidden_size, eps=config.LN_eps) if config.final_layer_norm else nn.Identity()
+        )
+
+    def is_bare(self) -> bool:
+        """Whether layers and attentions are what they were made as, with nothing around them that sees the scores."""
+        return all(is_bare(layer, EncoderLayer) for layer in self.layers) and all(
+            is_bare(attention, self.attention_class) for attention in self.attentions
         )
 
     def _count(self, part: str) -> int:
@@ -385,11 +394,13 @@ class MixLMPreTrainedModel(PreTrainedModel):
 
     def _needs_plain_kernels(self, requested: dict[str, Any]) -> bool:
         """Whether somebody wants of this forward pass what the fused forms do not have: attention probabilities; a
-        gradient that begins at an inner layer; scores that gradient checkpointing can run twice from."""
+        gradient that begins at an inner layer; scores that gradient checkpointing can run twice from, or that a
+        wrapper around a layer or an attention (sharding, checkpointing, probing) can look at."""
         with_attentions = requested.get("output_attentions", self.config.output_attentions)
         with_layers = requested.get("output_hidden_states", self.config.output_hidden_states)
         checkpointing = self.training and self.stack.layers[0].gradient_checkpointing
-        return bool(with_attentions or (with_layers and torch.is_grad_enabled()) or checkpointing)
+        is_wrapped = not self.stack.is_bare()
+        return bool(with_attentions or (with_layers and torch.is_grad_enabled()) or checkpointing or is_wrapped)
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.base_model.embeddings.word_embeddings

@@ -69,13 +69,14 @@ class Experts(nn.Module):
         self.down_weight = nn.Parameter(torch.empty(experts, hidden, width))
         self.down_bias = nn.Parameter(torch.empty(experts, hidden))
         self.activation, self.act_fn = config.act_fn, ACT2FN[config.act_fn]
+        self.act_class = type(self.act_fn)
 
     def forward(self, tokens: Tensor, counts: list[int], kernels: Kernels) -> Tensor:
         """[T, C] -> [T, C]: the first counts[0] tokens through expert 0, the next counts[1] through expert 1, ...
 
         An expert without tokens gets a zero gradient.
         """
-        if kernels.fused and len(tokens) and is_bare(self.act_fn, type(ACT2FN[self.activation])):
+        if kernels.fused and len(tokens) and is_bare(self, Experts) and is_bare(self.act_fn, self.act_class):
             return expert_feed_forward(
                 *(tokens, counts, self.up_weight, self.up_bias, self.down_weight, self.down_bias),
                 activation=self.activation,
@@ -98,13 +99,24 @@ class Experts(nn.Module):
         return torch.cat(outputs)
 
 
+class Router(nn.Linear):
+    """The logits of the experts: [B, L, C] -> [B, L, E], in float32 at least.
+
+    Selective precision (Switch Transformer, 2.4): which expert is first must not depend on rounding to 16 bits.
+    """
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            return F.linear(*map(at_least_float32, (hidden, self.weight, self.bias)))
+
+
 class SwitchFeedForward(nn.Module):
     """Each token through the one expert its router prefers (Switch Transformer, arXiv:2101.03961, 2.1)."""
 
     def __init__(self, config: MixLMSwitchConfig):
         super().__init__()
         self.config = config
-        self.router = nn.Linear(config.hidden_size, config.n_experts)
+        self.router = Router(config.hidden_size, config.n_experts)
         self.experts = Experts(config)
         self.dropout = Dropout(config.dropout_prob)
 
@@ -114,9 +126,7 @@ class SwitchFeedForward(nn.Module):
         Padding is never routed. While training, tokens over their expert's capacity are not routed either; both get
         zeros here, so that the residual alone carries them on.
         """
-        # Selective precision (2.4 of the paper): which expert is first must not depend on rounding to 16 bits.
-        with torch.autocast(hidden.device.type, enabled=False):
-            router_logits = F.linear(*map(at_least_float32, (hidden, self.router.weight, self.router.bias)))
+        router_logits = self.router(hidden)
         probabilities = router_logits.softmax(dim=-1)
         probability, expert = probabilities.max(dim=-1)
         routed = torch.ones_like(expert, dtype=torch.bool) if token_mask is None else token_mask[..., 0].bool()

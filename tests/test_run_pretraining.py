@@ -17,6 +17,7 @@ from transformers import AutoModelForMaskedLM, AutoModelForPreTraining, AutoToke
 import mixlm
 from mixlm.data.batching import scramble
 from mixlm.data.corpus import read_documents
+from mixlm.errors import RunStopped, UserError, exits_on_user_error
 from mixlm.tokenization import train_tokenizer
 from mixlm.training.report import read_curves
 
@@ -209,10 +210,41 @@ def test_an_interrupted_run_goes_on_and_ends_in_the_same_place(run, arguments, t
     with pytest.raises(PowerCut):
         run(arguments(model_name="broken", **settings))
     monkeypatch.setattr(loop, "save_checkpoint", save)
-    run(arguments(model_name="broken", checkpoint="latest", **settings))
+    run(arguments(model_name="broken", resume="auto", **settings))
     whole, broken = (tmp_path / "outputs" / name for name in ("whole", "broken"))
     for file in ("model.safetensors", "eval_results.json"):
         assert (whole / file).read_bytes() == (broken / file).read_bytes()
+
+
+def test_a_run_that_is_stopped_has_its_own_exit_code_and_goes_on(run, arguments, tmp_path, capsys):
+    settings = {"num_steps": 2, "resume": "auto", "fp16": True}
+    with pytest.raises(SystemExit) as exited:
+        run(arguments(max_minutes=1e-9, **settings))
+    assert exited.value.code == 3
+    checkpoint = tmp_path / "outputs" / "run" / "checkpoints" / "step-00000001"
+    *_, line, end = capsys.readouterr().err.split("\n")
+    assert line.startswith(f"--max_minutes are over: stopped after step 1; the last good checkpoint is {checkpoint}: ")
+    assert end == "" and not (tmp_path / "outputs" / "run" / "model.safetensors").exists()
+    run(arguments(max_minutes=60, **settings))
+    assert (tmp_path / "outputs" / "run" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "line"),
+    [
+        (UserError("two\nlines"), 2, "error: two lines\n"),
+        (RunStopped("SIGTERM: stopped after step 3"), 3, "SIGTERM: stopped after step 3\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+    ],
+)
+def test_exit_codes(capsys, raised, code, line):
+    @exits_on_user_error
+    def main():
+        raise raised
+
+    with pytest.raises(SystemExit) as exited:
+        main()
+    assert exited.value.code == code and capsys.readouterr().err == line
 
 
 def test_a_second_run_of_the_same_name_is_refused_or_replaces_the_first(run, refused, arguments, tmp_path):
@@ -376,14 +408,7 @@ def test_wrong_types_in_the_arguments_file(refused, arguments, tmp_path):
 
 
 def test_a_checkpoint_that_is_not_there(refused, arguments):
-    assert "--checkpoint latest" in refused(arguments(checkpoint="latest"))
-    assert "--checkpoint nowhere" in refused(arguments(checkpoint="nowhere"))
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
-def test_fp16_without_cuda(refused, arguments, tmp_path):
-    assert refused(arguments(fp16=True)).startswith("--fp16: ")
-    assert files_in(tmp_path / "outputs") == []
+    assert "--resume nowhere" in refused(arguments(resume="nowhere"))
 
 
 def test_a_loss_that_is_not_a_number(refused, arguments, tmp_path):
@@ -473,7 +498,7 @@ def test_a_run_goes_on_with_other_ranks(run, arguments, tmp_path):
     half = {**settings, "num_steps": 2}
     finished = launch(arguments(model_name="two", train_batch_size=2, gradient_accumulation_steps=2, **half))
     assert finished.returncode == 0, finished.stderr
-    run(arguments(model_name="two", train_batch_size=8, checkpoint="latest", **settings))
+    run(arguments(model_name="two", train_batch_size=8, resume="auto", **settings))
     assert_same_run(tmp_path / "outputs" / "one", tmp_path / "outputs" / "two")
 
 

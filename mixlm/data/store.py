@@ -16,7 +16,6 @@ whatever the size of the corpus, opening the same time.
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -34,7 +33,7 @@ from mixlm.data.corpus import Document, documents_of_dataset, load_text_dataset,
 from mixlm.data.hashing import content_hashes, file_stamps, hash_json
 from mixlm.data.tokenizing import tokenize_documents
 from mixlm.errors import UserError
-from mixlm.files import partial_name, whole_folder
+from mixlm.files import cache_folder, partial_name, whole_folder
 
 logger = logging.getLogger(__name__)
 
@@ -160,7 +159,7 @@ def open_corpus(
     """
     if max_sentence_length < 1:
         raise UserError(f"max_sentence_length {max_sentence_length}: must be at least 1; use a larger max_seq_length")
-    cache = Path(cache_dir or os.environ.get("MIXLM_CACHE") or "~/.cache/mixlm").expanduser()
+    cache = cache_folder(cache_dir)
     if dataset_name is not None:
         dataset = load_text_dataset(dataset_name, text_column)
         source = {"name": str(dataset_name), "text_column": text_column, "content": dataset._fingerprint}

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 from transformers import HfArgumentParser
 
 from ..errors import UserError, one_line
+from .memory import parse_memory
 
 Arguments = TypeVar("Arguments", bound="TrainingArguments")
 
@@ -24,25 +25,42 @@ class TrainingArguments:
     # The run and its folder
     model_name: str = field(metadata={"help": "Name of the run; its folder is output_dir/model_name."})
     output_dir: str = field(default="outputs", metadata={"help": "Folder that holds the runs."})
-    checkpoint: str | None = field(
-        default=None,
+    resume: str = field(
+        default="never",
         metadata={
-            "help": "Go on from this checkpoint folder, or from the run's newest with 'latest'; later ones of the run "
-            "are deleted with the next save. None = start anew."
+            "help": "'auto' = go on from the run's newest whole checkpoint, or start where there is none; a "
+            "checkpoint folder = go on from that, and delete later ones of the run with the next save; 'never' = "
+            "start anew."
         },
     )
     overwrite_output_dir: bool = field(
         default=False,
         metadata={
             "help": "Start anew although the run's folder is not empty: its checkpoints, curves, model and "
-            "results are deleted. Without effect beside checkpoint."
+            "results are deleted. Without effect where the run goes on."
         },
     )
     seed: int = field(default=42, metadata={"help": "Seed of initial weights, order of data, masking and dropout."})
 
     # Batches. An optimizer step sees train_batch_size x gradient_accumulation_steps x processes rows.
-    train_batch_size: int = field(default=32, metadata={"help": "Rows of one forward pass of one process."})
+    train_batch_size: int = field(
+        default=32, metadata={"help": "Rows of one forward pass of one process. 0 = as many as fit into memory."}
+    )
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Forward passes in one optimizer step."})
+    effective_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Rows of an optimizer step over all processes; gradient_accumulation_steps follows from it. "
+            "None = by gradient_accumulation_steps."
+        },
+    )
+    memory_limit: str | None = field(
+        default=None,
+        metadata={
+            "help": "What a process may use when train_batch_size is 0, such as 4GB. None = nine tenths of what is "
+            "free."
+        },
+    )
     tokens_per_step: int | None = field(
         default=None,
         metadata={
@@ -67,29 +85,59 @@ class TrainingArguments:
     max_steps_per_epoch: int | None = field(
         default=None, metadata={"help": "End an epoch after this many steps. None = when the data is used up."}
     )
-    fp16: bool = field(default=False, metadata={"help": "Mixed precision with fp16 and a gradient scaler (CUDA)."})
-    bf16: bool = field(default=False, metadata={"help": "Mixed precision with bf16."})
+    fp16: bool = field(default=False, metadata={"help": "Matrix products in fp16, with a loss scale."})
+    bf16: bool = field(default=False, metadata={"help": "Matrix products in bf16."})
+
+    # Several processes
+    zero: Literal[0, 1, 2, 3] = field(
+        default=0,
+        metadata={
+            "help": "What the processes share out rather than each having it whole: 0 nothing, 1 AdamW's moments, "
+            "2 gradients too, 3 parameters too."
+        },
+    )
+    zero3: bool = field(default=False, metadata={"help": "The same as zero 3."})
+    sharding_backend: Literal["torch", "fairscale"] = field(
+        default="torch", metadata={"help": "Whose sharding is used for zero 1 to 3."}
+    )
+    auto_wrap: bool = field(
+        default=False,
+        metadata={
+            "help": "Full sharding (zero 3, and 2 with torch) gathers one block of layers at a time instead of the "
+            "whole model; with fairscale, zero 2 becomes full sharding."
+        },
+    )
+
+    timeout_minutes: float = field(
+        default=30.0,
+        metadata={
+            "help": "How long a process waits for another one, which may be evaluating or saving, before it ends."
+        },
+    )
 
     # Watching and saving
     logging_steps: int = field(default=10, metadata={"help": "Steps between two points of the curves."})
     save_steps: int = field(default=1000, metadata={"help": "Steps between two checkpoints. 0 = only at the end."})
-    keep_checkpoints: int = field(default=2, metadata={"help": "Checkpoints to keep; older ones are deleted."})
+    save_total_limit: int = field(default=2, metadata={"help": "Checkpoints to keep; older ones are deleted."})
     eval_steps: int = field(default=0, metadata={"help": "Steps between two evaluations. 0 = only at the end."})
+    max_minutes: float | None = field(
+        default=None,
+        metadata={"help": "Save and stop after this many minutes of training, with exit code 3. None = no limit."},
+    )
 
     def __post_init__(self):
         if self.scheduler_num_steps is None:
             self.scheduler_num_steps = self.num_steps
         for name in (
-            "train_batch_size",
             "gradient_accumulation_steps",
             "num_steps",
             "logging_steps",
-            "keep_checkpoints",
+            "save_total_limit",
         ):
             self.require(getattr(self, name) >= 1, name, "at least 1")
-        for name in ("tokens_per_step", "max_steps_per_epoch"):
+        for name in ("tokens_per_step", "max_steps_per_epoch", "effective_batch_size"):
             self.require(getattr(self, name) is None or getattr(self, name) >= 1, name, "at least 1")
-        for name in ("num_workers", "max_grad_norm", "warmup_steps", "save_steps", "eval_steps"):
+        for name in ("train_batch_size", "num_workers", "max_grad_norm", "warmup_steps", "save_steps", "eval_steps"):
             self.require(getattr(self, name) >= 0, name, "at least 0")
         self.require(0 <= self.weight_decay < math.inf, "weight_decay", "at least 0 and finite")
         for name in ("learning_rate", "adam_epsilon"):
@@ -104,6 +152,18 @@ class TrainingArguments:
             f"below the {self.scheduler_num_steps} steps of the schedule",
         )
         self.require(not (self.fp16 and self.bf16), "fp16", "off when bf16 is on")
+        self.require(
+            self.train_batch_size > 0 or self.tokens_per_step is None,
+            "train_batch_size",
+            "above 0 with tokens_per_step",
+        )
+        if self.memory_limit is not None:
+            parse_memory(self.memory_limit)
+        self.require(0 < self.timeout_minutes < math.inf, "timeout_minutes", "above 0 and finite")
+        self.require(self.max_minutes is None or self.max_minutes > 0, "max_minutes", "above 0")
+        if self.zero3:
+            self.require(self.zero in (0, 3), "zero", "3 (or left out) with zero3")
+            self.zero = 3
         named_well = self.model_name not in ("", ".", "..") and not set(self.model_name) & set("/\\")
         self.require(named_well, "model_name", "a plain folder name, without slashes")
 
@@ -111,6 +171,47 @@ class TrainingArguments:
         """Raise UserError unless the field's value is allowed."""
         if not allowed:
             raise UserError(f"--{name}={getattr(self, name)!r}: must be {rule}")
+
+    def fit_effective_batch(self, processes: int) -> None:
+        """Make gradient_accumulation_steps what effective_batch_size asks for.
+
+        Raises:
+            UserError: a step cannot be cut into equal batches of train_batch_size rows.
+        """
+        if self.effective_batch_size is None:
+            return
+        rows = self.train_batch_size * processes
+        self.require(
+            self.effective_batch_size % rows == 0,
+            "effective_batch_size",
+            f"a multiple of train_batch_size x processes = {rows}",
+        )
+        self.gradient_accumulation_steps = self.effective_batch_size // rows
+
+    def shrink_to_effective_batch(self, fitting: int, processes: int) -> None:
+        """Make train_batch_size the largest number of rows up to `fitting` that divides a step equally.
+
+        Raises:
+            UserError: effective_batch_size is not a multiple of the processes.
+        """
+        self.train_batch_size = fitting
+        if self.effective_batch_size is None:
+            return
+        self.require(
+            self.effective_batch_size % processes == 0, "effective_batch_size", f"a multiple of {processes} processes"
+        )
+        rows = self.effective_batch_size // processes
+        self.train_batch_size = max(size for size in range(1, min(fitting, rows) + 1) if rows % size == 0)
+
+    @property
+    def precision(self) -> str:
+        """ "fp32", "fp16" or "bf16": of matrix products."""
+        return "fp16" if self.fp16 else "bf16" if self.bf16 else "fp32"
+
+    def take_precision(self, asked: str) -> None:
+        """Compute in what the launcher asks for ("fp16", "bf16" or "no"), unless the arguments name a precision."""
+        if self.precision == "fp32" and asked in ("fp16", "bf16"):
+            setattr(self, asked, True)
 
     @property
     def run_folder(self) -> Path:

@@ -6,55 +6,81 @@
       state.json              step, position in the data, resolved arguments, versions, hashes of the files
 
 Written beside, flushed, hashed, renamed; older ones are deleted only afterwards. There is no random state to save:
-order of data, masking and dropout are functions of the seed and the step.
+order of data, masking and dropout are functions of the seed and the step. All tensors are whole and go by their names
+in the model, so that a checkpoint goes on under another engine, precision or number of ranks.
 """
 
+import copy
+import errno
 import hashlib
 import json
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..data.batching import Position
 from ..errors import UserError
 from ..files import whole_folder
 
 OPTIMIZER_FILE, STATE_FILE, MODEL_FOLDER = "optimizer.safetensors", "state.json", "model"
-MOMENTS = ("exp_avg", "exp_avg_sq")
+SPARE_BYTES = 16 * 2**20  # for all that is not a tensor
 
 
 @dataclass
 class TrainingState:
-    """Where a run is: steps done, the place in the data after them, and the gradient scaler's state (fp16)."""
+    """Where a run is: steps done, the place in the data after them, and the loss scale's state (fp16)."""
 
     step: int
     position: Position
     scaler: dict[str, Any] | None = None
 
 
+def skeleton_of(model: PreTrainedModel) -> PreTrainedModel:
+    """A model without numbers, to save checkpoints with: an engine may take the real one apart."""
+    with torch.device("meta"):
+        return type(model)(copy.deepcopy(model.config)).to(model.dtype)
+
+
 def save_checkpoint(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainingState, arguments: dict[str, Any]
+    folder: Path,
+    skeleton: PreTrainedModel,
+    parameters: dict[str, Tensor],
+    moments: dict[str, Tensor],
+    state: TrainingState,
+    arguments: dict[str, Any],
 ) -> None:
     """Write a whole checkpoint.
 
     Args:
         folder: where it is to be, e.g. `.../step-00001000`.
-        model: the bare PreTrainedModel.
-        optimizer: AdamW over its parameters.
+        skeleton: from `skeleton_of`.
+        parameters: by name, whole, on the CPU.
+        moments: AdamW's state, by names as in `Engine.whole_moments`.
         state: steps done and place in the data.
         arguments: the resolved arguments of the run.
-    """
 
+    Raises:
+        OSError: it cannot be written; what was there before still is. Nothing is begun where there is no room for it.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in (*parameters.values(), *moments.values()))
+    free = shutil.disk_usage(folder.parent).free
+    if free < needed + SPARE_BYTES:
+        shortage = f"{needed / 2**20:,.0f} MiB are needed and {free / 2**20:,.0f} MiB are free"
+        raise OSError(errno.ENOSPC, shortage)
     with whole_folder(folder) as partial:
-        model.save_pretrained(partial / MODEL_FOLDER)
-        save_file(optimizer_tensors(model, optimizer), partial / OPTIMIZER_FILE)
+        skeleton.save_pretrained(partial / MODEL_FOLDER, state_dict=parameters)
+        save_file(moments, partial / OPTIMIZER_FILE)
         files = sorted(path for path in partial.rglob("*") if path.is_file())
         contents = {
             "step": state.step,
@@ -67,24 +93,33 @@ def save_checkpoint(
         (partial / STATE_FILE).write_text(json.dumps(contents, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
-def load_checkpoint(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
-) -> tuple[TrainingState, dict[str, Any]]:
-    """Fill model and optimizer; returns the state and the arguments the checkpoint was written with.
-
-    Raises:
-        UserError: not a checkpoint, a damaged file, or one of another model.
-    """
-    contents = read_state(folder)
-    for name, expected in contents["files"].items():
+def verify(folder: Path) -> None:
+    """Raise UserError unless every file of the checkpoint is as it was written."""
+    for name, expected in read_state(folder)["files"].items():
         if not (folder / name).is_file() or _hash(folder / name) != expected:
             raise UserError(f"{folder / name}: damaged or missing; use an older checkpoint")
+
+
+def load_checkpoint(
+    folder: Path, model: nn.Module
+) -> tuple[TrainingState, dict[str, Any], Callable[[str], Tensor | None]]:
+    """Fill the model from a checkpoint that was verified.
+
+    Returns:
+        the state, the arguments the checkpoint was written with, and what reads AdamW's state by names as in
+        `Engine.whole_moments`: a tensor at a time, as far as it is wanted.
+
+    Raises:
+        UserError: not a checkpoint, or one of another model.
+    """
+    contents = read_state(folder)
     weights = load_file(folder / MODEL_FOLDER / "model.safetensors")
     _check_fit(folder, weights, model)
     model.load_state_dict(weights, strict=False)  # without the tied ones
-    load_optimizer_tensors(model, optimizer, load_file(folder / OPTIMIZER_FILE))
+    moments = safe_open(folder / OPTIMIZER_FILE, framework="pt")
+    names = set(moments.keys())
     state = TrainingState(contents["step"], Position.from_dict(contents["position"]), contents["scaler"])
-    return state, contents["arguments"]
+    return state, contents["arguments"], lambda name: moments.get_tensor(name) if name in names else None
 
 
 def _check_fit(folder: Path, weights: dict[str, Tensor], model: nn.Module) -> None:
@@ -138,7 +173,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def prune(folder: Path, kept: list[Path]) -> None:
-    """Delete all checkpoints but `kept`.
+    """Delete all checkpoints but `kept`, and what was left of one by a process that was killed.
 
     Also those with a later step: they are of a run that was left by going back to an earlier checkpoint.
     """
@@ -146,24 +181,16 @@ def prune(folder: Path, kept: list[Path]) -> None:
         if path not in kept:
             (path / STATE_FILE).unlink()  # first: what is half deleted is no checkpoint
             shutil.rmtree(path)
+    for path in folder.iterdir():
+        if path not in kept and _is_remnant(path):
+            shutil.rmtree(path)
 
 
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """AdamW's state as `moment/parameter name` -> tensor, and `step/parameter name`."""
-    tensors = {}
-    for name, parameter in model.named_parameters():
-        for key in (*MOMENTS, "step"):
-            if parameter in optimizer.state:
-                tensors[f"{key}/{name}"] = optimizer.state[parameter][key].detach().cpu()
-    return tensors
-
-
-def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """The reverse of `optimizer_tensors`."""
-    for name, parameter in model.named_parameters():
-        if f"step/{name}" in tensors:
-            keys = (*MOMENTS, "step")
-            optimizer.state[parameter] = {key: tensors[f"{key}/{name}"].to(parameter.device) for key in keys}
+def _is_remnant(path: Path) -> bool:
+    """Whether a folder is of a checkpoint that was never finished, or whose deletion was not."""
+    if re.fullmatch(r"step-\d+", path.name):
+        return not (path / STATE_FILE).is_file()
+    return re.fullmatch(r"\.step-\d+\.partial", path.name) is not None
 
 
 def _hash(path: Path) -> str:

@@ -6,11 +6,12 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from ..heads import IGNORE
 from .objectives import Batch, gather_rows
+from .sharding import Engine
 
 # Held-out text is always masked at BERT's rate, so that runs with different training rates can be compared.
 EVALUATION_MASKING_PROBABILITY = 0.15
@@ -28,12 +29,12 @@ def unigram_log_probabilities(token_counts: np.ndarray) -> Tensor:
 
 @torch.no_grad()
 def evaluate_pretraining(
-    model: nn.Module, batches: Iterable[Batch], accelerator: Accelerator, unigram: Tensor
+    engine: Engine, batches: Iterable[Batch], accelerator: Accelerator, unigram: Tensor
 ) -> dict[str, float]:
     """Metrics over all ranks' held-out batches.
 
     Args:
-        model: a ForPreTraining model in evaluation mode.
+        engine: of a ForPreTraining model, in evaluation mode.
         batches: this rank's share.
         accelerator: adds up over ranks.
         unigram: from `unigram_log_probabilities`, [vocabulary].
@@ -48,7 +49,7 @@ def evaluate_pretraining(
     queries, contexts = [], []
     for batch in tqdm(batches, desc="evaluating", leave=False, disable=not accelerator.is_main_process, delay=2):
         batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
-        outputs = model(**batch)
+        outputs = engine(**batch)
         labels = [batch[name][batch[name] != IGNORE] for name in ("labels", "context_labels") if name in batch]
         targets = torch.cat(labels)
         correct = (outputs.prediction_logits.argmax(dim=-1) == targets).sum()
@@ -74,7 +75,7 @@ def evaluate_pretraining(
         "unigram_loss": unigram_loss / max(tokens, 1),
         "examples": examples,
     }
-    config = accelerator.unwrap_model(model).config
+    config = engine.config
     if config.pretraining_objective == "ict":
         none = torch.empty(0, config.hidden_size, device=accelerator.device)  # a rank can be left without a batch
         all_queries, _ = gather_rows(accelerator, torch.cat([none, *queries]))

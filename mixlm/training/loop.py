@@ -1,9 +1,6 @@
 """The training loop of every script: one optimizer step after another, on one process or many."""
 
-import json
 import math
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
 from pathlib import Path
@@ -11,107 +8,24 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, broadcast_object_list
 from torch import nn
-from transformers import PreTrainedTokenizerBase
-from transformers.utils.logging import disable_progress_bar
 
 from ..data.batching import Position
-from ..errors import UserError
-from ..files import whole_folder
+from ..errors import RunStopped, UserError
 from .arguments import TrainingArguments
-from .checkpoint import TrainingState, checkpoints_in, load_checkpoint, prune, read_state, save_checkpoint, step_of
-from .launch import start_missing_processes
-from .objectives import Batch, PretrainingObjective
-from .optimization import build_optimizer, learning_rate_factor
+from .batch_size import find_batch_size
+from .checkpoint import TrainingState, checkpoints_in, load_checkpoint, prune, save_checkpoint, skeleton_of, step_of
+from .memory import MemoryMeter
+from .objectives import Batch, PretrainingObjective, Term
+from .optimization import AdamW, learning_rate_factor
+from .precision import LossScale
+from .run import CHECKPOINTS, choose_checkpoint, how_to_go_on, on_main_process, remove_earlier_run
+from .sharding import Engine, build_engine, describe, sharding_units
+from .stopping import StopRequest
 from .tracking import Progress
 
-# What a finished run has put into its folder, and what a new one in its place removes. The configuration comes last:
-# without it the folder is no model.
-FINAL_FOLDER, CONFIGURATION_FILE, RESULTS_FILE = "final", "config.json", "eval_results.json"
-REMOVED_BY_A_NEW_RUN = (
-    "checkpoints",
-    "tensorboard",
-    CONFIGURATION_FILE,
-    RESULTS_FILE,
-    "model.safetensors",
-    "curves.png",
-)
-
-
-def prepare_run(arguments: TrainingArguments) -> Accelerator:
-    """Make the run's folder, seed the process, and start accelerate with TensorBoard in the folder.
-
-    Raises:
-        UserError: the folder cannot be written or belongs to an earlier run; there is no such checkpoint; fp16 without
-            a CUDA device.
-    """
-    find_checkpoint(arguments)
-    start_missing_processes()
-    disable_progress_bar()  # of saving and loading weights: they would break the one of the training
-    folder = arguments.run_folder
-    accelerator = Accelerator(
-        # Without this, ranks on CPUs would not find each other, and each would train alone.
-        cpu=not torch.cuda.is_available(),
-        mixed_precision="fp16" if arguments.fp16 else "bf16" if arguments.bf16 else None,
-        log_with="tensorboard",
-        project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder)),
-    )
-    if (arguments.fp16 or accelerator.mixed_precision == "fp16") and not torch.cuda.is_available():
-        # accelerate would go on in fp32 without a word.
-        raise UserError("--fp16: there is no CUDA device here; leave it out for fp32, or use --bf16")
-    on_main_process(accelerator, lambda: _claim(folder, arguments))
-    torch.manual_seed(arguments.seed)
-    return accelerator
-
-
-def on_main_process(accelerator: Accelerator, action: Callable[[], None]) -> None:
-    """Let the main process do something while the others wait; its UserError is raised on all of them."""
-    message: list[str | None] = [None]
-    if accelerator.is_main_process:
-        try:
-            action()
-        except UserError as error:
-            message = [str(error)]
-    broadcast_object_list(message)
-    if message[0] is not None:
-        raise UserError(message[0])
-
-
-def _claim(folder: Path, arguments: TrainingArguments) -> None:
-    checkpoint = find_checkpoint(arguments)
-    goes_on = checkpoint is not None and folder.resolve() in checkpoint.resolve().parents
-    if folder.is_dir() and any(folder.iterdir()) and not (goes_on or arguments.overwrite_output_dir):
-        go_on = "go on with --checkpoint latest, " if checkpoints_in(folder / "checkpoints") else ""
-        raise UserError(
-            f"{folder}: an earlier run is there; {go_on}choose another --model_name, or give --overwrite_output_dir"
-        )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"--output_dir {arguments.output_dir}: cannot be written: {error}") from error
-
-
-def find_checkpoint(arguments: TrainingArguments) -> Path | None:
-    """The checkpoint folder that `--checkpoint` names, or None to start anew.
-
-    Raises:
-        UserError: 'latest' and there is none, the folder does not exist, or it is no checkpoint.
-    """
-    if arguments.checkpoint is None:
-        return None
-    if arguments.checkpoint == "latest":
-        found = checkpoints_in(arguments.run_folder / "checkpoints")
-        if not found:
-            raise UserError(f"--checkpoint latest: no checkpoint in {arguments.run_folder / 'checkpoints'}")
-        return found[-1]
-    if not Path(arguments.checkpoint).is_dir():
-        raise UserError(f"--checkpoint {arguments.checkpoint}: no such folder; 'latest' takes the run's newest")
-    read_state(Path(arguments.checkpoint))
-    return Path(arguments.checkpoint)
+# A scale that has been halved this often has gone from its largest sensible value to none.
+MOST_SKIPPED_STEPS_IN_A_ROW = 30
 
 
 def changed_arguments(earlier: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -119,7 +33,7 @@ def changed_arguments(earlier: dict[str, Any], now: dict[str, Any]) -> dict[str,
 
     A run may go on with another learning rate, batch size or number of processes, but its user should see it.
     """
-    about_the_run_alone = ("model_name", "output_dir", "checkpoint", "overwrite_output_dir")
+    about_the_run_alone = ("model_name", "output_dir", "resume", "overwrite_output_dir", "max_minutes")
     return {
         name: (earlier.get(name), value)
         for name, value in now.items()
@@ -133,18 +47,22 @@ def train(
     batches: Callable[[Position], Iterator[tuple[Position, list[Batch]]]],
     arguments: TrainingArguments,
     accelerator: Accelerator,
-    evaluate: Callable[[nn.Module], dict[str, float]],
+    evaluate: Callable[[Engine], dict[str, float]],
+    longest_batch: Callable[[int], Batch] | None = None,
 ) -> dict[str, float]:
-    """Train for `arguments.num_steps` optimizer steps, from the start or from `arguments.checkpoint`.
+    """Train for `arguments.num_steps` optimizer steps, from the start or from the checkpoint of `arguments.resume`.
 
     Args:
-        model: a PreTrainedModel; trained in place.
+        model: a PreTrainedModel. It is trained in place and, with ZeRO, taken apart: what is left at the end is in the
+            last checkpoint.
         objective_class: what a step minimises.
         batches: from a position in the data, the micro-batches of this rank step by step, each with the position
             after the step.
-        arguments: see `TrainingArguments`.
+        arguments: see `TrainingArguments`. A batch size that is to be found is set here, before `batches` is called.
         accelerator: from `prepare_run`.
-        evaluate: called with the model every `eval_steps` and at the end; returns metrics by name.
+        evaluate: called with the engine, which is to be called as the model, every `eval_steps` and at the end;
+            returns metrics by name.
+        longest_batch: as many rows as it is asked for, each as long as any of the data; needed to find a batch size.
 
     Returns:
         the metrics of the last evaluation.
@@ -152,83 +70,229 @@ def train(
     Raises:
         UserError: the loss or the gradient is no longer a number (earlier checkpoints are kept), or the checkpoint
             does not fit.
+        RunStopped: a signal came or `max_minutes` are over; a checkpoint was saved.
     """
-    optimizer = build_optimizer(model, arguments.learning_rate, arguments.weight_decay, arguments.adam_epsilon)
-    state = TrainingState(0, Position())
-    resolved = {**arguments.to_dict(), "processes": accelerator.num_processes}
-    checkpoint = find_checkpoint(arguments)
-    model.to(accelerator.device)
-    if checkpoint is not None:
-        state, earlier_arguments = load_checkpoint(checkpoint, model, optimizer)
-        accelerator.print(f"going on from {checkpoint} (step {state.step:,})")
-        for name, (before, now) in changed_arguments(earlier_arguments, resolved).items():
-            accelerator.print(f"  changed since then: {name} {before} -> {now}")
-        if state.step > arguments.num_steps:
-            raise UserError(f"{checkpoint}: is at step {state.step}; give --num_steps of that or more to go on")
-    elif accelerator.is_main_process:  # only now, when nothing can be wrong with the new run
-        for name in REMOVED_BY_A_NEW_RUN:
-            path = arguments.run_folder / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    bare_model = model
-    model, optimizer = accelerator.prepare(model, optimizer)
-    if accelerator.scaler is not None and state.scaler is not None:
-        accelerator.scaler.load_state_dict(state.scaler)
-    # What an interrupted run has logged after its checkpoint is logged again.
-    accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": state.step + 1}})
-    objective = objective_class(accelerator, model)
-    checkpoints = arguments.run_folder / "checkpoints"
-    # The checkpoints that lead here. When a run goes back to an earlier one, those after it are not among them.
-    ancestors = [path for path in checkpoints_in(checkpoints) if step_of(path) <= state.step]
-
-    def evaluate_and_log() -> dict[str, float]:
-        model.eval()
-        metrics = evaluate(model)
-        model.train()
-        accelerator.log({f"eval/{name}": value for name, value in metrics.items()}, step=state.step)
-        return metrics
-
-    def save() -> None:
-        state.scaler = None if accelerator.scaler is None else accelerator.scaler.state_dict()
-        target = checkpoints / f"step-{state.step:08d}"
-        try:
-            save_checkpoint(target, bare_model, optimizer.optimizer, state, resolved)
-        except OSError as error:
-            raise UserError(
-                f"{target}: cannot be written: {error.strerror or error}; make room; {_how_to_go_on(arguments)}"
-            ) from error
-        if target not in ancestors:
-            ancestors.append(target)
-        prune(checkpoints, ancestors[-arguments.keep_checkpoints :])
-
-    model.train()
+    run = _Run(model, objective_class, arguments, accelerator, evaluate, longest_batch)
+    steps = batches(run.state.position) if run.state.step < arguments.num_steps else ()
+    run.begin()  # only now, when nothing can be wrong with the new run
     # Closed even after an error, so that its message gets a line of its own.
-    with closing(Progress(accelerator, arguments.num_steps, state.step)) as progress:
-        steps = batches(state.position) if state.step < arguments.num_steps else ()
+    with run.stop_request, closing(run.progress):
         for position, micro_batches in steps:
-            learning_rate = arguments.learning_rate * learning_rate_factor(
-                state.step, arguments.warmup_steps, arguments.scheduler_num_steps
-            )
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate
-            _seed_dropout(arguments.seed, state.step, accelerator.process_index)
-            gradient_norm = _optimizer_step(
-                model, optimizer, objective, micro_batches, arguments, accelerator, progress, state
-            )
-            state.step, state.position = state.step + 1, position
-            progress.step()
-
-            is_last = state.step == arguments.num_steps
-            if state.step % arguments.logging_steps == 0 or is_last:
-                progress.log(state.step, learning_rate, gradient_norm)
-            if is_last or (arguments.save_steps and state.step % arguments.save_steps == 0):
-                on_main_process(accelerator, save)
-                progress.pause()
+            run.state.position = position
+            if not run.optimizer_step(micro_batches):
+                continue
+            is_last = run.state.step == arguments.num_steps
+            reason = None if is_last else run.stop_request.reason()
+            if is_last or reason or (arguments.save_steps and run.state.step % arguments.save_steps == 0):
+                run.save(must_succeed=is_last or reason is not None)
+            if reason:
+                raise RunStopped(f"{reason}: stopped after step {run.state.step:,}; {how_to_go_on(arguments)}")
             if is_last:
                 break
-            if arguments.eval_steps and state.step % arguments.eval_steps == 0:
-                evaluate_and_log()
-                progress.pause()
-    return evaluate_and_log()
+            if arguments.eval_steps and run.state.step % arguments.eval_steps == 0:
+                run.evaluate()
+    return run.evaluate()
+
+
+class _Run:
+    """A training run between two steps: what the loop of `train` moves on."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective_class: type[PretrainingObjective],
+        arguments: TrainingArguments,
+        accelerator: Accelerator,
+        evaluate: Callable[[Engine], dict[str, float]],
+        longest_batch: Callable[[int], Batch] | None,
+    ):
+        self.arguments, self.accelerator, self.evaluate_engine = arguments, accelerator, evaluate
+        self.stop_request = StopRequest(arguments.max_minutes, accelerator)
+        self.state = TrainingState(0, Position())
+        self.checkpoints = arguments.run_folder / CHECKPOINTS
+        self.skeleton = skeleton_of(model)
+
+        checkpoint = choose_checkpoint(arguments, accelerator)
+        earlier_arguments, read_moments = {}, None
+        if checkpoint is not None:
+            self.state, earlier_arguments, read_moments = load_checkpoint(checkpoint, model)
+        self.engine = self._build_engine(model.to(accelerator.device))
+        self.loss_scale = LossScale() if arguments.precision == "fp16" else None
+        self.objective = objective_class(accelerator, self.engine)
+        self.engine.train()
+        if arguments.train_batch_size == 0:
+            self._find_batch_size(longest_batch, earlier_arguments)
+        arguments.fit_effective_batch(accelerator.num_processes)
+        self.resolved = {**arguments.to_dict(), "processes": accelerator.num_processes}
+
+        if checkpoint is not None:
+            self._announce(checkpoint, earlier_arguments)
+            self.engine.load_moments(read_moments)
+            if self.loss_scale is not None and self.state.scaler is not None:
+                self.loss_scale.load_state_dict(self.state.scaler)
+        # The checkpoints that lead here. When a run goes back to an earlier one, those after it are not among them.
+        self.ancestors = [path for path in checkpoints_in(self.checkpoints) if step_of(path) <= self.state.step]
+        self.is_new = checkpoint is None
+
+    def begin(self) -> None:
+        """Take possession of the run's folder."""
+        if self.is_new and self.accelerator.is_main_process:
+            remove_earlier_run(self.arguments.run_folder)
+        # What an interrupted run has logged after its checkpoint is logged again.
+        purge = {"tensorboard": {"purge_step": self.state.step + 1}}
+        self.accelerator.init_trackers("tensorboard", init_kwargs=purge)
+        self.progress = Progress(self.accelerator, self.arguments.num_steps, self.state.step)
+
+    def _announce(self, checkpoint: Path, earlier_arguments: dict[str, Any]) -> None:
+        self.accelerator.print(f"going on from {checkpoint} (step {self.state.step:,})")
+        for name, (before, now) in changed_arguments(earlier_arguments, self.resolved).items():
+            self.accelerator.print(f"  changed since then: {name} {before} -> {now}")
+        if self.state.step > self.arguments.num_steps:
+            raise UserError(f"{checkpoint}: is at step {self.state.step}; give --num_steps of that or more to go on")
+
+    def _build_engine(self, model: nn.Module) -> Engine:
+        arguments, ranks = self.arguments, self.accelerator.num_processes
+        if arguments.zero and ranks == 1:
+            self.accelerator.print(f"--zero {arguments.zero}: one process has nothing to share out; as --zero 0")
+        units = sharding_units(model)
+        if arguments.auto_wrap:
+            self.accelerator.print(describe(units, ranks))
+        adamw = AdamW(arguments.learning_rate, arguments.weight_decay, arguments.adam_epsilon)
+        units = units if arguments.auto_wrap else units[-1:]
+        return build_engine(model, adamw, arguments.precision, arguments.zero, arguments.sharding_backend, units)
+
+    def _find_batch_size(self, longest_batch: Callable[[int], Batch], earlier_arguments: dict[str, Any]) -> None:
+        """Set `train_batch_size` to what fits; model, optimizer and generators are afterwards as they were before.
+
+        A run that goes on keeps the rows of its steps, and with them the order of its data.
+        """
+        arguments, ranks = self.arguments, self.accelerator.num_processes
+        if arguments.effective_batch_size is None and earlier_arguments:
+            factors = ("train_batch_size", "gradient_accumulation_steps", "processes")
+            arguments.effective_batch_size = math.prod(earlier_arguments[name] for name in factors)
+        meter = MemoryMeter(self.accelerator.device)
+
+        def try_rows(rows: int) -> int:
+            meter.restart()
+            with torch.random.fork_rng([meter.device] if meter.on_gpu else []):
+                self._backward([longest_batch(rows)] * min(2, arguments.gradient_accumulation_steps))
+                self.engine.step(learning_rate=0.0)  # the moments need their memory too
+                self.engine.forget_moments()
+            return meter.peak()
+
+        about = ("zero", "sharding_backend", "auto_wrap", "fp16", "bf16", "memory_limit")
+        settings = {
+            **{name: getattr(arguments, name) for name in about},
+            "configuration": self.skeleton.config.to_diff_dict(),
+            "longest": {name: list(tensor.shape) for name, tensor in longest_batch(1).items()},
+            "ranks": ranks,
+        }
+        fitting = find_batch_size(try_rows, settings, arguments.memory_limit, meter, self.accelerator.print)
+        arguments.shrink_to_effective_batch(fitting, ranks)
+
+    def optimizer_step(self, micro_batches: list[Batch]) -> bool:
+        """Gradients of all micro-batches, clip, update; False where fp16 overflowed and nothing was updated."""
+        arguments, state = self.arguments, self.state
+        _seed_dropout(arguments.seed, state.step, self.accelerator.process_index)
+        for batch, terms in zip(micro_batches, self._backward(micro_batches), strict=True):
+            self.progress.add(terms, _real_tokens(batch))
+        scale = 1.0 if self.loss_scale is None else self.loss_scale.value
+        gradient_norm = self.engine.gradient_norm() / scale
+        if self.loss_scale is None:
+            self._require_number(gradient_norm)
+        elif not self.loss_scale.update(gradient_norm):
+            self.engine.forget_gradients()
+            self._report_skipped_step()
+            return False
+        largest = arguments.max_grad_norm or math.inf
+        self.engine.scale_gradients(min(1.0, largest / (gradient_norm + 1e-6)) / scale)
+        learning_rate = arguments.learning_rate * learning_rate_factor(
+            state.step, arguments.warmup_steps, arguments.scheduler_num_steps
+        )
+        self.engine.step(learning_rate)
+        state.step += 1
+        self.progress.step()
+        if state.step % arguments.logging_steps == 0 or state.step == arguments.num_steps:
+            self.progress.log(state.step, learning_rate, gradient_norm)
+        return True
+
+    def _backward(self, micro_batches: list[Batch]) -> list[dict[str, Term]]:
+        """The gradients of a step, summed over micro-batches and ranks; returns the terms of each micro-batch."""
+        micro_batches = [
+            {name: tensor.to(self.accelerator.device, non_blocking=True) for name, tensor in batch.items()}
+            for batch in micro_batches
+        ]
+        step = self.objective.begin_step(micro_batches)
+        # The engines average over ranks; shares of a sum are to be added.
+        factor = self.accelerator.num_processes * (1.0 if self.loss_scale is None else self.loss_scale.value)
+        all_terms = []
+        for number, batch in enumerate(micro_batches):
+            is_last = number == len(micro_batches) - 1
+            # Gradients are exchanged once, with the last micro-batch.
+            with nullcontext() if is_last else self.engine.no_sync():
+                loss, terms = self.objective.loss(batch, number, step)
+                (loss * factor).backward()
+            if (
+                self.loss_scale is not None
+            ):  # which would take the gradient of a loss that is no number for an overflow
+                self._require_number(float(loss.detach()))
+            all_terms.append(terms)
+        return all_terms
+
+    def _require_number(self, value: float) -> None:
+        if not math.isfinite(value):
+            raise UserError(
+                f"step {self.state.step + 1}: the loss or its gradient is not a number; use a lower --learning_rate "
+                f"or more --warmup_steps; {how_to_go_on(self.arguments)}"
+            )
+
+    def _report_skipped_step(self) -> None:
+        skipped = self.loss_scale.skipped_in_a_row
+        self.progress.write(
+            f"step {self.state.step + 1}: the fp16 gradient overflowed; skipped, and the loss scale is now "
+            f"{self.loss_scale.value:g}"
+        )
+        if skipped == MOST_SKIPPED_STEPS_IN_A_ROW:
+            raise UserError(
+                f"step {self.state.step + 1}: the fp16 gradient overflowed {skipped} times in a row; use a lower "
+                f"--learning_rate, or --bf16; {how_to_go_on(self.arguments)}"
+            )
+
+    def evaluate(self) -> dict[str, float]:
+        """Evaluate and log."""
+        self.engine.eval()
+        metrics = self.evaluate_engine(self.engine)
+        self.engine.train()
+        self.accelerator.log({f"eval/{name}": value for name, value in metrics.items()}, step=self.state.step)
+        self.progress.pause()
+        return metrics
+
+    def save(self, must_succeed: bool) -> None:
+        """Write a checkpoint, and delete older ones. A run goes on when one in its middle cannot be written."""
+        self.state.scaler = None if self.loss_scale is None else self.loss_scale.state_dict()
+        is_main = self.accelerator.is_main_process
+        # Every rank takes part in putting a tensor together, and one writes it down.
+        parameters, moments = (
+            {name: tensor.cpu() for name, tensor in tensors if is_main}
+            for tensors in (self.engine.whole_parameters(), self.engine.whole_moments())
+        )
+        target = self.checkpoints / f"step-{self.state.step:08d}"
+
+        def write() -> None:
+            try:
+                save_checkpoint(target, self.skeleton, parameters, moments, self.state, self.resolved)
+            except OSError as error:
+                message = f"{target}: cannot be written: {error.strerror or error}; make room"
+                if must_succeed:
+                    raise UserError(f"{message}; {how_to_go_on(self.arguments)}") from error
+                self.progress.write(f"{message}; training goes on, and the next checkpoint is due as usual")
+                return
+            if target not in self.ancestors:
+                self.ancestors.append(target)
+            prune(self.checkpoints, self.ancestors[-self.arguments.save_total_limit :])
+
+        on_main_process(self.accelerator, write)
+        self.progress.pause()
 
 
 def _seed_dropout(seed: int, step: int, rank: int) -> None:
@@ -236,89 +300,5 @@ def _seed_dropout(seed: int, step: int, rank: int) -> None:
     torch.manual_seed((seed * 1_000_003 + step) * 4_099 + rank)
 
 
-def _optimizer_step(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    objective: PretrainingObjective,
-    micro_batches: list[Batch],
-    arguments: TrainingArguments,
-    accelerator: Accelerator,
-    progress: Progress,
-    state: TrainingState,
-) -> float:
-    """Gradients of all micro-batches, clip, update. Returns the global gradient norm before clipping."""
-    tokens = [_real_tokens(batch) for batch in micro_batches]
-    micro_batches = [
-        {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
-        for batch in micro_batches
-    ]
-    step = objective.begin_step(micro_batches)
-    for number, batch in enumerate(micro_batches):
-        is_last = number == len(micro_batches) - 1
-        # Gradients are exchanged once, with the last micro-batch.
-        with nullcontext() if is_last else accelerator.no_sync(model):
-            loss, terms = objective.loss(batch, number, step)
-            # DistributedDataParallel averages over ranks; shares of a sum are to be added.
-            accelerator.backward(loss * accelerator.num_processes)
-        if accelerator.scaler is not None:  # which turns the gradient of a loss that is no number into a skipped step
-            _require_number(float(loss.detach()), state, arguments)
-        progress.add(terms, tokens[number])
-    largest = arguments.max_grad_norm or math.inf
-    gradient_norm = float(accelerator.clip_grad_norm_(model.parameters(), largest))
-    if accelerator.scaler is None:  # with one, an overflow of the gradient only skips the step
-        _require_number(gradient_norm, state, arguments)
-    optimizer.step()
-    optimizer.zero_grad()
-    return gradient_norm
-
-
-def _require_number(value: float, state: TrainingState, arguments: TrainingArguments) -> None:
-    if not math.isfinite(value):
-        raise UserError(
-            f"step {state.step + 1}: the loss or its gradient is not a number; use a lower --learning_rate or more "
-            f"--warmup_steps; {_how_to_go_on(arguments)}"
-        )
-
-
-def _how_to_go_on(arguments: TrainingArguments) -> str:
-    found = checkpoints_in(arguments.run_folder / "checkpoints")
-    if found:
-        return f"the last good checkpoint is {found[-1]}: go on with --checkpoint latest"
-    return "no checkpoint was written yet: start again with --overwrite_output_dir"
-
-
 def _real_tokens(batch: Batch) -> int:
     return sum(int(mask.sum()) for name, mask in batch.items() if name.endswith("attention_mask"))
-
-
-def finish_run(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    metrics: dict[str, float],
-    arguments: TrainingArguments,
-    accelerator: Accelerator,
-) -> None:
-    """Put model, tokenizer and eval_results.json into the run's folder, and end the process group."""
-    folder = arguments.run_folder
-
-    def write() -> None:
-        try:
-            with whole_folder(folder / FINAL_FOLDER) as partial:
-                model.save_pretrained(partial)
-                tokenizer.save_pretrained(partial)
-                results = {f"eval/{name}": value for name, value in metrics.items()}
-                (partial / RESULTS_FILE).write_text(json.dumps(results, indent=2) + "\n", "utf-8")
-            written = list((folder / FINAL_FOLDER).iterdir())
-            for path in sorted(written, key=lambda path: path.name == CONFIGURATION_FILE):
-                os.replace(path, folder / path.name)
-            (folder / FINAL_FOLDER).rmdir()
-        except OSError as error:
-            raise UserError(
-                f"{folder}: cannot be written: {error.strerror or error}; make room, then --checkpoint latest"
-            ) from error
-        for name, value in metrics.items():
-            print(f"  {name:>16}  {value:,.4f}")
-        print(f"model, tokenizer and results are in {folder}; draw its curves with: mixlm report {folder}")
-
-    on_main_process(accelerator, write)
-    accelerator.end_training()

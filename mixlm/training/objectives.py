@@ -11,10 +11,11 @@ from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..heads import IGNORE, in_batch_retrieval_loss
 from ..modeling_switch import routing_counts
+from .sharding import Engine
 
 Batch = dict[str, Tensor]
 
@@ -55,13 +56,13 @@ class PretrainingObjective(ABC):
     """MLM and a second loss. A subclass says what its losses weigh and how the second one is computed.
 
     Args:
-        accelerator: the process group and precision.
-        model: the model as the accelerator prepared it.
+        accelerator: the process group.
+        engine: to be called as the model.
     """
 
-    def __init__(self, accelerator: Accelerator, model: nn.Module):
-        self.accelerator, self.model = accelerator, model
-        self.capacity_factor = getattr(accelerator.unwrap_model(model).config, "capacity_factor", None)
+    def __init__(self, accelerator: Accelerator, engine: Engine):
+        self.accelerator, self.engine = accelerator, engine
+        self.capacity_factor = getattr(engine.config, "capacity_factor", None)
 
     @abstractmethod
     def weights(self, batch: Batch) -> dict[str, int]:
@@ -85,7 +86,7 @@ class PretrainingObjective(ABC):
         return Step(by_batch, dict(zip(names, total, strict=True)))
 
     def _forward(self, batch: Batch):
-        return self.model(**batch, **({} if self.capacity_factor is None else {"output_router_logits": True}))
+        return self.engine(**batch, **({} if self.capacity_factor is None else {"output_router_logits": True}))
 
     @staticmethod
     def _terms(losses: dict[str, Tensor | None], weights: dict[str, int]) -> dict[str, Term]:
@@ -146,7 +147,7 @@ class InverseClozeObjective(PretrainingObjective):
             with torch.no_grad():
                 for batch in micro_batches:
                     step.random_states.append(_random_state(self.accelerator.device))
-                    outputs = self.model(**_without_labels(batch))
+                    outputs = self.engine(**_without_labels(batch))
                     queries.append(outputs.embeddings)
                     contexts.append(outputs.context_embeddings)
             gradients = self._retrieval_gradients(torch.cat(queries), torch.cat(contexts))

@@ -1,22 +1,39 @@
 """AdamW's parameter groups and the learning rate of a step."""
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import nn
 
 
-def build_optimizer(model: nn.Module, learning_rate: float, weight_decay: float, epsilon: float) -> torch.optim.AdamW:
-    """AdamW (arXiv:1711.05101) over all parameters; biases and LayerNorms do not decay."""
-    decayed, free = [], []
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            is_free = isinstance(module, nn.LayerNorm) or name.endswith("bias")
-            (free if is_free else decayed).append(parameter)
-    # A tied parameter occurs once in each module that uses it.
-    groups = [
-        {"params": list(dict.fromkeys(decayed)), "weight_decay": weight_decay},
-        {"params": list(dict.fromkeys(free)), "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=learning_rate, eps=epsilon, fused=True)
+class AdamW(NamedTuple):
+    """The settings of AdamW (arXiv:1711.05101), with which an engine makes the optimizer over its own parameters."""
+
+    learning_rate: float
+    weight_decay: float
+    epsilon: float
+
+    def groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """All parameters of the model in two groups: biases and LayerNorms do not decay."""
+        decayed, free = [], []
+        for module in model.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                is_free = isinstance(module, nn.LayerNorm) or name.endswith("bias")
+                (free if is_free else decayed).append(parameter)
+        # A tied parameter occurs once in each module that uses it.
+        return [
+            {"params": list(dict.fromkeys(decayed)), "weight_decay": self.weight_decay},
+            {"params": list(dict.fromkeys(free)), "weight_decay": 0.0},
+        ]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What torch.optim.AdamW takes beside the groups."""
+        return {"lr": self.learning_rate, "eps": self.epsilon, "fused": True}
+
+    def build(self, model: nn.Module) -> torch.optim.AdamW:
+        """The optimizer of a model that is whole on every rank, or whose parameters know how they are sharded."""
+        return torch.optim.AdamW(self.groups(model), **self.options)
 
 
 def learning_rate_factor(step: int, warmup_steps: int, scheduler_num_steps: int) -> float:

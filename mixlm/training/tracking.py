@@ -90,6 +90,11 @@ class Progress:
         )
         self._start_window()
 
+    def write(self, line: str) -> None:
+        """Print a line above the bar."""
+        if self.accelerator.is_main_process:
+            self.bar.write(line)
+
     def pause(self) -> None:
         """Leave evaluation and saving out of the speed of the next window."""
         self.tokens, self.started = 0, time.perf_counter()

@@ -16,14 +16,20 @@ FIXED_NAMES = (
     "train_step_2x512",
     "train_memory_1x2048",
     "train_step_vs_bert",
+    "encoder_forward_compiled",
+    "train_step_compiled",
     "switch_ffn_4_experts",
     "switch_ffn_32_over_4",
+    "switch_ffn_4_experts_8x128",
+    "switch_ffn_32_over_4_8x128",
     "mlm_head_time",
     "mlm_head_memory",
     "grad_cache_memory",
     "grad_cache_time",
     "grad_cache_max_diff",
     "padding_token_ratio",
+    "padding_token_ratio_own_vocabulary",
+    "padding_token_ratio_learned_vocabulary",
     "tokenize_rate_vs_raw",
     "tokenize_memory_8x_over_1x",
     "resume_first_batch_ratio",
@@ -180,6 +186,15 @@ def test_missing_data_says_what_to_set(monkeypatch, tmp_path):
     monkeypatch.setattr(run.data_rows, "DATA", tmp_path)
     with pytest.raises(UserError, match="set MIXLM_DATA"):
         run.data_rows.read_pairs()
+
+
+def test_a_missing_compiler_is_one_line(monkeypatch, capsys):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    names = ["encoder_forward_compiled", "train_step_compiled"]
+    assert run.run_rows(names, run.REGISTRY, write=False) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[1].strip() for line in lines] == names
+    assert all("no-such-compiler: no such C++ compiler" in line for line in lines)
 
 
 def test_padding_is_counted_exactly():

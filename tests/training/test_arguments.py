@@ -33,7 +33,7 @@ def error_of(call, *args, **kwargs) -> str:
 
 EVERY_KIND = {
     "output_dir": "somewhere",
-    "checkpoint": "latest",
+    "resume": "auto",
     "seed": 7,
     "train_batch_size": 4,
     "tokens_per_step": 512,
@@ -43,6 +43,9 @@ EVERY_KIND = {
     "scheduler_num_steps": 40,
     "max_steps_per_epoch": 3,
     "bf16": True,
+    "zero": 2,
+    "sharding_backend": "fairscale",
+    "max_minutes": 1.5,
     "overwrite_output_dir": False,
     "task": "ICT",
     "family": "switch",
@@ -73,12 +76,12 @@ def test_none_sentinels_are_resolved_or_stay():
     assert arguments.preset == "mixlm-mini"
     assert from_command_line(family="switch").preset == "mixlm-switch-mini"
     assert from_command_line(config_file="c.json").preset is None
-    for name in ("checkpoint", "tokens_per_step", "max_steps_per_epoch", "dataset_name", "cache_dir"):
+    for name in ("max_minutes", "tokens_per_step", "max_steps_per_epoch", "dataset_name", "cache_dir"):
         assert getattr(arguments, name) is None
 
 
 def test_null_in_json_is_the_sentinel(tmp_path):
-    arguments = from_json(tmp_path, checkpoint=None, scheduler_num_steps=None, max_steps_per_epoch=None)
+    arguments = from_json(tmp_path, max_minutes=None, scheduler_num_steps=None, max_steps_per_epoch=None)
     assert arguments == from_command_line()
 
 
@@ -109,12 +112,12 @@ def wrong_values():
             values = [3, ["a"]]
         elif kind is int or kind == int | None:
             values = [1.5, "7", True]
-        elif kind is float:
+        elif kind is float or kind == float | None:
             values = ["fast", False]
         elif kind is bool:
             values = ["true", 1]
         else:
-            values = ["neither", 1]
+            values = ["neither", 4]
         if None not in getattr(kind, "__args__", ()) and type(None) not in getattr(kind, "__args__", ()):
             values.append(None)
         yield from ((field.name, value) for value in [*values, {}])
@@ -128,9 +131,10 @@ def test_a_wrong_json_type_names_file_and_field(tmp_path, name, value):
 
 def test_the_expected_type_is_said_in_json_words(tmp_path):
     assert error_of(from_json, tmp_path, seed="1").endswith("expected int")
-    assert error_of(from_json, tmp_path, checkpoint=1).endswith("expected text or null")
+    assert error_of(from_json, tmp_path, cache_dir=1).endswith("expected text or null")
     assert error_of(from_json, tmp_path, fp16=1).endswith("expected true or false")
     assert error_of(from_json, tmp_path, task="sop").endswith("expected 'SOP' or 'ICT'")
+    assert error_of(from_json, tmp_path, zero="3").endswith("expected 0 or 1 or 2 or 3")
 
 
 @pytest.mark.parametrize(
@@ -206,7 +210,8 @@ def test_preset_and_config_file_exclude_each_other():
     [
         ("seed", -1),
         ("seed", 2**32),
-        ("train_batch_size", 0),
+        ("train_batch_size", -1),
+        ("effective_batch_size", 0),
         ("gradient_accumulation_steps", 0),
         ("tokens_per_step", 0),
         ("num_workers", -1),
@@ -224,8 +229,12 @@ def test_preset_and_config_file_exclude_each_other():
         ("max_steps_per_epoch", 0),
         ("logging_steps", 0),
         ("save_steps", -1),
-        ("keep_checkpoints", 0),
+        ("save_total_limit", 0),
         ("eval_steps", -1),
+        ("max_minutes", 0),
+        ("max_minutes", -1),
+        ("timeout_minutes", 0),
+        ("timeout_minutes", "inf"),
         ("eval_split", 0),
         ("eval_split", 1),
         ("max_eval_examples", 0),
@@ -248,7 +257,33 @@ def test_fp16_and_bf16_exclude_each_other():
     assert "--fp16" in error_of(from_command_line, "--fp16", "--bf16")
 
 
-@pytest.mark.parametrize(("name", "value"), [("num_steps", "many"), ("task", "sop"), ("bf16", "perhaps")])
+@pytest.mark.parametrize(
+    ("given", "asked", "expected"),
+    [
+        ([], "no", "fp32"),
+        ([], "fp16", "fp16"),
+        ([], "bf16", "bf16"),
+        ([], "fp8", "fp32"),
+        (["--fp16"], "bf16", "fp16"),
+        (["--bf16"], "fp16", "bf16"),
+        (["--bf16"], "no", "bf16"),
+    ],
+)
+def test_the_launcher_chooses_a_precision_where_the_arguments_do_not(given, asked, expected):
+    arguments = from_command_line(*given)
+    arguments.take_precision(asked)
+    assert arguments.precision == expected
+    assert TrainingArguments(model_name="m", fp16=arguments.fp16, bf16=arguments.bf16).precision == expected
+
+
+def test_zero3_is_another_name_for_zero_3():
+    assert from_command_line("--zero3").zero == from_command_line("--zero3", zero=3).zero == 3
+    assert error_of(from_command_line, "--zero3", zero=2).startswith("--zero=2: must be 3")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("num_steps", "many"), ("task", "sop"), ("bf16", "perhaps"), ("zero", "4")]
+)
 def test_a_wrong_value_on_the_command_line_is_named(name, value):
     message = error_of(from_command_line, **{name: value})
     assert f"--{name}" in message and value in message

@@ -1,13 +1,17 @@
+import json
+import math
+
 import pytest
 import torch
 from torch import nn
 
-from mixlm.training.optimization import build_optimizer, learning_rate_factor
+from mixlm.training.optimization import AdamW, learning_rate_factor
+from mixlm.training.precision import LossScale
 
 
 def groups_by_name(model) -> dict[str, float]:
     """Parameter name -> weight decay; every parameter has to be in exactly one group."""
-    optimizer = build_optimizer(model, learning_rate=0.1, weight_decay=0.3, epsilon=1e-7)
+    optimizer = AdamW(learning_rate=0.1, weight_decay=0.3, epsilon=1e-7).build(model)
     names = {parameter: name for name, parameter in model.named_parameters()}
     found = [
         (names[parameter], group["weight_decay"]) for group in optimizer.param_groups for parameter in group["params"]
@@ -52,7 +56,7 @@ def test_the_tied_decoder_is_there_once_and_decays(make_model):
 
 
 def test_settings_reach_adamw(make_model):
-    optimizer = build_optimizer(make_model(), learning_rate=0.1, weight_decay=0.3, epsilon=1e-7)
+    optimizer = AdamW(learning_rate=0.1, weight_decay=0.3, epsilon=1e-7).build(make_model())
     assert isinstance(optimizer, torch.optim.AdamW)
     assert {(group["lr"], group["eps"], group["betas"]) for group in optimizer.param_groups} == {
         (0.1, 1e-7, (0.9, 0.999))
@@ -78,3 +82,31 @@ def test_learning_rate_of_a_longer_schedule_never_reaches_zero():
 def test_warm_up_as_long_as_the_schedule_only_rises(warmup_steps):
     factors = [learning_rate_factor(step, warmup_steps, 4) for step in range(4)]
     assert factors == pytest.approx([(step + 1) / (warmup_steps + 1) for step in range(4)])
+
+
+@pytest.mark.parametrize("overflow", [math.inf, -math.inf, math.nan])
+def test_the_loss_scale_is_halved_by_a_gradient_that_is_no_number(overflow):
+    scale = LossScale(initial=8.0)
+    assert [scale.update(norm) for norm in (1.0, overflow, overflow)] == [True, False, False]
+    assert (scale.value, scale.skipped_in_a_row) == (2.0, 2)
+    assert scale.update(0.0)
+    assert (scale.value, scale.skipped_in_a_row) == (2.0, 0)
+
+
+def test_the_loss_scale_is_doubled_after_enough_steps_without_overflow():
+    scale, values = LossScale(initial=8.0, growth_interval=3), []
+    for norm in (1.0, 1.0, 1.0, 1.0, 1.0, math.inf, 1.0, 1.0, 1.0, 1.0):
+        scale.update(norm)
+        values.append(scale.value)
+    assert values == [8, 8, 16, 16, 16, 8, 8, 8, 16, 16]
+
+
+def test_a_loss_scale_goes_on_from_its_state():
+    first, second = LossScale(initial=8.0, growth_interval=3), LossScale(growth_interval=3)
+    for norm in (1.0, math.inf, 1.0, 1.0):
+        first.update(norm)
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    for norm in (1.0, math.inf):
+        assert first.update(norm) == second.update(norm)
+        assert first.state_dict() == second.state_dict()
+    assert first.state_dict() == {"scale": 4.0, "steps_since_change": 0, "skipped_in_a_row": 1}

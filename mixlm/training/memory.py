@@ -1,0 +1,72 @@
+"""How much memory a rank uses: of its GPU, or on a CPU of the machine."""
+
+import math
+import os
+import sys
+from pathlib import Path
+
+import psutil
+import torch
+
+from ..errors import UserError
+
+PEAK_IS_WHAT_IS_THERE_NOW = "5"  # see proc(5), clear_refs
+
+
+class MemoryMeter:
+    """The memory of this process on a device, and its peak since `restart`.
+
+    On a CPU that is resident memory. Where there is no /proc (anywhere but Linux), the peak is that of the whole life
+    of the process.
+    """
+
+    def __init__(self, device: torch.device):
+        self.on_gpu = device.type == "cuda"
+        self.device = device
+
+    def level(self) -> int:
+        """Bytes that are used now."""
+        return torch.cuda.memory_allocated(self.device) if self.on_gpu else psutil.Process().memory_info().rss
+
+    def restart(self) -> None:
+        """Forget the peak so far."""
+        if self.on_gpu:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        elif sys.platform == "linux":
+            Path("/proc/self/clear_refs").write_text(PEAK_IS_WHAT_IS_THERE_NOW)
+
+    def peak(self) -> int:
+        """The most bytes that were used at once since `restart`."""
+        if self.on_gpu:
+            return torch.cuda.max_memory_allocated(self.device)
+        if sys.platform == "linux":
+            lines = Path("/proc/self/status").read_text().splitlines()
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+        import resource
+
+        largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return largest if sys.platform == "darwin" else largest * 1024
+
+    def available(self) -> int:
+        """Bytes that this rank could still take: free memory, of a machine's its share."""
+        if self.on_gpu:
+            return torch.cuda.mem_get_info(self.device)[0]
+        return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def parse_memory(text: str) -> int:
+    """ "900MB", "4GiB", "4096" (bytes) -> bytes.
+
+    Raises:
+        UserError: it is not a size.
+    """
+    units = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+    number = text.strip().rstrip("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ ")
+    unit = text.strip()[len(number) :].strip().lower()
+    try:
+        size = float(number) * units[unit]
+    except (ValueError, KeyError) as error:
+        raise UserError(f"memory {text!r}: give a number and MB, MiB, GB or GiB, such as 4GB") from error
+    if not 0 < size < math.inf:
+        raise UserError(f"memory {text!r}: must be above 0")
+    return int(size)

@@ -1,0 +1,192 @@
+"""What comes before and after the training loop: the run's folder, the processes, the checkpoint to go on from, and
+the finished model."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
+
+from ..errors import UserError
+from ..files import whole_folder
+from .arguments import TrainingArguments
+from .checkpoint import MODEL_FOLDER, checkpoints_in, read_state, verify
+from .launch import start_missing_processes
+
+# What a finished run has put into its folder, and what a new one in its place removes. The configuration comes last:
+# without it the folder is no model.
+FINAL_FOLDER, CONFIGURATION_FILE, RESULTS_FILE = "final", "config.json", "eval_results.json"
+CHECKPOINTS = "checkpoints"
+REMOVED_BY_A_NEW_RUN = (
+    CHECKPOINTS,
+    "tensorboard",
+    CONFIGURATION_FILE,
+    RESULTS_FILE,
+    "model.safetensors",
+    "curves.png",
+)
+
+
+def prepare_run(arguments: TrainingArguments) -> Accelerator:
+    """Make the run's folder, seed the process, and start accelerate with TensorBoard in the folder.
+
+    Raises:
+        UserError: the folder cannot be written or belongs to an earlier run; there is no such checkpoint.
+    """
+    require_checkpoint(arguments)
+    start_missing_processes()
+    disable_progress_bar()  # of saving and loading weights: they would break the one of the training
+    folder = arguments.run_folder
+    accelerator = Accelerator(
+        # Without this, ranks on CPUs would not find each other, and each would train alone.
+        cpu=not torch.cuda.is_available(),
+        log_with="tensorboard",
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=arguments.timeout_minutes))],
+        project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder)),
+    )
+    # `accelerate config` may ask for a precision. The engine sees to it: on a CPU accelerate passes over fp16.
+    arguments.take_precision(accelerator.mixed_precision)
+    on_main_process(accelerator, lambda: _claim(folder, arguments))
+    torch.manual_seed(arguments.seed)
+    return accelerator
+
+
+def on_main_process(accelerator: Accelerator, action: Callable[[], object]) -> None:
+    """Let the main process do something while the others wait; its UserError is raised on all of them."""
+    message: list[str | None] = [None]
+    if accelerator.is_main_process:
+        try:
+            action()
+        except UserError as error:
+            message = [str(error)]
+    broadcast_object_list(message)
+    if message[0] is not None:
+        raise UserError(message[0])
+
+
+def _claim(folder: Path, arguments: TrainingArguments) -> None:
+    occupied = folder.is_dir() and any(folder.iterdir())
+    if occupied and not (_goes_on_in(folder, arguments) or arguments.overwrite_output_dir):
+        go_on = "go on with --resume auto, " if checkpoints_in(folder / CHECKPOINTS) else ""
+        raise UserError(
+            f"{folder}: an earlier run is there; {go_on}choose another --model_name, or give --overwrite_output_dir"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"--output_dir {arguments.output_dir}: cannot be written: {error}") from error
+
+
+def _goes_on_in(folder: Path, arguments: TrainingArguments) -> bool:
+    """Whether what is in the folder is the run that is to go on."""
+    if arguments.resume == "auto":
+        # Killed before its first checkpoint, a run has left its curves alone.
+        return bool(checkpoints_in(folder / CHECKPOINTS)) or {path.name for path in folder.iterdir()} <= {
+            CHECKPOINTS,
+            "tensorboard",
+        }
+    return arguments.resume != "never" and folder.resolve() in Path(arguments.resume).resolve().parents
+
+
+def require_checkpoint(arguments: TrainingArguments) -> None:
+    """Raise UserError where `--resume` names a folder that is no checkpoint."""
+    if arguments.resume not in ("auto", "never"):
+        if not Path(arguments.resume).is_dir():
+            raise UserError(f"--resume {arguments.resume}: no such folder; 'auto' takes the run's newest checkpoint")
+        read_state(Path(arguments.resume))
+
+
+def choose_checkpoint(arguments: TrainingArguments, accelerator: Accelerator) -> Path | None:
+    """The checkpoint to go on from, the same on every rank; None to start anew.
+
+    With `--resume auto` it is the newest that is whole: a damaged one is reported and passed over.
+
+    Raises:
+        UserError: the named one is damaged, or all of the run's are.
+    """
+    chosen: list[Path | None] = [None]
+
+    def choose() -> None:
+        if arguments.resume == "never":
+            return
+        if arguments.resume != "auto":
+            verify(Path(arguments.resume))
+            chosen[0] = Path(arguments.resume)
+            return
+        found = checkpoints_in(arguments.run_folder / CHECKPOINTS)
+        for path in reversed(found):
+            try:
+                verify(path)
+            except UserError as error:
+                print(f"passed over: {error}")
+            else:
+                chosen[0] = path
+                return
+        if found:
+            raise UserError(
+                f"--resume auto: every checkpoint in {arguments.run_folder / CHECKPOINTS} is damaged; start again "
+                "with --resume never --overwrite_output_dir"
+            )
+
+    on_main_process(accelerator, choose)
+    broadcast_object_list(chosen)
+    return chosen[0]
+
+
+def how_to_go_on(arguments: TrainingArguments) -> str:
+    """What a user can do after a run has ended too early."""
+    found = checkpoints_in(arguments.run_folder / CHECKPOINTS)
+    if found:
+        return f"the last good checkpoint is {found[-1]}: go on with --resume auto"
+    return "no checkpoint was written yet: start again with --overwrite_output_dir"
+
+
+def remove_earlier_run(folder: Path) -> None:
+    """Delete what an earlier run has left in its folder."""
+    for name in REMOVED_BY_A_NEW_RUN:
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def finish_run(
+    tokenizer: PreTrainedTokenizerBase,
+    metrics: dict[str, float],
+    arguments: TrainingArguments,
+    accelerator: Accelerator,
+) -> None:
+    """Put the last checkpoint's model, the tokenizer and eval_results.json into the run's folder, and end the process
+    group."""
+    folder = arguments.run_folder
+
+    def write() -> None:
+        try:
+            with whole_folder(folder / FINAL_FOLDER) as partial:
+                model = checkpoints_in(folder / CHECKPOINTS)[-1] / MODEL_FOLDER
+                shutil.copytree(model, partial, dirs_exist_ok=True)
+                tokenizer.save_pretrained(partial)
+                results = {f"eval/{name}": value for name, value in metrics.items()}
+                (partial / RESULTS_FILE).write_text(json.dumps(results, indent=2) + "\n", "utf-8")
+            written = list((folder / FINAL_FOLDER).iterdir())
+            for path in sorted(written, key=lambda path: path.name == CONFIGURATION_FILE):
+                os.replace(path, folder / path.name)
+            (folder / FINAL_FOLDER).rmdir()
+        except OSError as error:
+            raise UserError(
+                f"{folder}: cannot be written: {error.strerror or error}; make room, then --resume auto"
+            ) from error
+        for name, value in metrics.items():
+            print(f"  {name:>16}  {value:,.4f}")
+        print(f"model, tokenizer and results are in {folder}; draw its curves with: mixlm report {folder}")
+
+    on_main_process(accelerator, write)
+    accelerator.end_training()

@@ -1,0 +1,71 @@
+"""torch's own sharding: ZeroRedundancyOptimizer, and FSDP2 (`fully_shard`)."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.tensor import distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from ..optimization import AdamW
+from .engine import Engine, number_of_ranks
+from .owners import OwnerEngine
+
+
+class TorchZero1(OwnerEngine):
+    """ZeRO-1: parameters and gradients on every rank, moments with their owner."""
+
+    def _prepare(self, model: nn.Module, adamw: AdamW) -> tuple[nn.Module, torch.optim.Optimizer]:
+        optimizer = ZeroRedundancyOptimizer(adamw.groups(model), torch.optim.AdamW, **adamw.options)
+        return DistributedDataParallel(model, gradient_as_bucket_view=True), optimizer
+
+
+class TorchFullySharded(Engine):
+    """ZeRO-2 and 3: every parameter, its gradient and its moments are cut along the first dimension.
+
+    Args:
+        units: modules whose parameters are gathered and freed together; the rest of the model is one more unit.
+        reshard_after_forward: free the gathered parameters after the forward pass, and gather them again for the
+            backward pass (ZeRO-3), rather than keep them (ZeRO-2).
+    """
+
+    shares_out_gradients = True
+
+    def __init__(
+        self, model: nn.Module, adamw: AdamW, precision: str, *, units: list[nn.Module], reshard_after_forward: bool
+    ):
+        self.units, self.reshard_after_forward = units, reshard_after_forward
+        super().__init__(model, adamw, precision)
+
+    def _prepare(self, model: nn.Module, adamw: AdamW) -> tuple[nn.Module, torch.optim.Optimizer]:
+        mesh = init_device_mesh(self.device.type, (number_of_ranks(),))
+        for module in (*self.units, model):
+            fully_shard(module, mesh=mesh, reshard_after_forward=self.reshard_after_forward)
+        self.parameters = dict(model.named_parameters())  # sharded ones have taken the place of those that were there
+        return model, adamw.build(model)
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """As in `Engine.no_sync`."""
+        self.module.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            self.module.set_requires_gradient_sync(True)
+
+    def gradients(self) -> list[Tensor]:
+        """As in `Engine.gradients`: this rank's parts."""
+        return [gradient.to_local() for gradient in super().gradients()]
+
+    def _whole(self, parameter: nn.Parameter, part: Tensor) -> Tensor:
+        return part.full_tensor()
+
+    def _part(self, parameter: nn.Parameter, whole: Tensor) -> Tensor:
+        # Every rank has the whole and keeps its part: nothing needs to be sent.
+        return distribute_tensor(
+            whole.view(parameter.shape), parameter.device_mesh, parameter.placements, src_data_rank=None
+        )

@@ -1,0 +1,147 @@
+"""Tiny models, synthetic rows and short runs, for which no tokenizer and no corpus is needed.
+
+Importable by the ranks of tests with several processes; conftest makes fixtures of it.
+"""
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from torch.utils.data import Dataset
+
+import mixlm
+from mixlm.data.batching import LengthBucketedBatches, collate, training_batches
+from mixlm.training.arguments import TrainingArguments
+from mixlm.training.loop import train
+from mixlm.training.objectives import InverseClozeObjective, SentenceOrderObjective
+from mixlm.training.run import prepare_run
+
+VOCABULARY = 40
+MASK, FIRST_WORD = 4, 5
+ROWS_PER_STEP = 8
+OBJECTIVES = {"SOP": SentenceOrderObjective, "ICT": InverseClozeObjective}
+FAMILIES = {
+    "mixlm": (mixlm.MixLMConfig, mixlm.MixLMForPreTraining, {"kernel_size": 5, "n_experts": 2, "num_heads": 2}),
+    "switch": (mixlm.MixLMSwitchConfig, mixlm.MixLMSwitchForPreTraining, {"n_experts": 3, "num_heads": 2}),
+}
+
+
+def reset_accelerate() -> None:
+    """Accelerate keeps device and process group for the whole process; a run gets its own."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+class Rows(Dataset):
+    """Rows of different lengths and different numbers of masked tokens, each a function of (epoch, index)."""
+
+    def __init__(self, task: str, size: int = 37):
+        self.task = task
+        self.lengths = np.random.default_rng(0).integers(6, 16, size)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, np.ndarray | int]:
+        random = np.random.default_rng((7, *key))
+        length = int(self.lengths[key[1]])
+        input_ids, labels = self._text(random, length)
+        if self.task == "ICT":
+            context_input_ids, context_labels = self._text(random, int(random.integers(6, 16)))
+            return {
+                "input_ids": input_ids,
+                "labels": labels,
+                "context_input_ids": context_input_ids,
+                "context_labels": context_labels,
+            }
+        token_type_ids = (np.arange(length) >= length // 2).astype(np.int64)
+        order = int(random.choice([0, 1, -100]))
+        return {
+            "input_ids": input_ids,
+            "token_type_ids": token_type_ids,
+            "labels": labels,
+            "sentence_order_label": order,
+        }
+
+    @staticmethod
+    def _text(random: np.random.Generator, length: int) -> tuple[np.ndarray, np.ndarray]:
+        ids = random.integers(FIRST_WORD, VOCABULARY, length)
+        labels = np.full(length, -100)
+        chosen = random.permutation(length)[: int(random.integers(0, 5))]
+        labels[chosen] = ids[chosen]
+        ids[chosen] = MASK
+        return ids, labels
+
+
+def build_model(family: str = "mixlm", task: str = "SOP", seed: int = 0, **fields):
+    """A ForPreTraining model whose every part has an effect, in training mode."""
+    config_class, model_class, family_fields = FAMILIES[family]
+    config = config_class(
+        **{
+            "vocab_size": VOCABULARY,
+            "hidden_size": 16,
+            "num_hidden_layers": 2,
+            "ff_dim": 24,
+            "max_position_embeddings": 16,
+            "dropout_prob": 0.0,
+            "initializer_range": 0.2,
+            "pretraining_objective": task.lower(),
+            **family_fields,
+            **fields,
+        }
+    )
+    torch.manual_seed(seed)
+    return model_class(config).train()
+
+
+def build_arguments(output_dir: str, **fields) -> TrainingArguments:
+    """TrainingArguments of a short run."""
+    defaults = {
+        "model_name": "run",
+        "output_dir": output_dir,
+        "learning_rate": 3e-3,
+        "num_steps": 6,
+        "logging_steps": 1,
+        "num_workers": 0,
+        "gradient_accumulation_steps": 2,
+    }
+    return TrainingArguments(**{**defaults, **fields})
+
+
+def run_small(
+    arguments: TrainingArguments,
+    task: str = "SOP",
+    objective_class=None,
+    evaluate=None,
+    family: str = "mixlm",
+    dtype: torch.dtype = torch.float32,
+    **fields,
+):
+    """`train` on `Rows`, 8 to a step over all ranks, windows of 2 steps; returns the model."""
+    reset_accelerate()
+    accelerator: Accelerator = prepare_run(arguments)
+    model = build_model(family, task, arguments.seed, **{"dropout_prob": 0.2, **fields}).to(dtype)
+    rows = Rows(task)
+
+    def batches(position):
+        order = LengthBucketedBatches(
+            rows.lengths,
+            seed=arguments.seed,
+            rows_per_step=ROWS_PER_STEP,
+            ranks=accelerator.num_processes,
+            rank=accelerator.process_index,
+            micro_batches=arguments.gradient_accumulation_steps,
+            window_steps=2,
+            max_steps_per_epoch=arguments.max_steps_per_epoch,
+        )
+        return training_batches(rows, order, position, pad_token_id=0, num_workers=arguments.num_workers)
+
+    train(
+        model,
+        objective_class or OBJECTIVES[task],
+        batches,
+        arguments,
+        accelerator,
+        evaluate or (lambda engine: {"parameters": float(sum(p.numel() for p in engine.parameters.values()))}),
+        lambda count: collate([rows[0, int(np.argmax(rows.lengths))]] * count, pad_token_id=0),
+    )
+    if accelerator.num_processes == 1:  # the ranks of a test keep their process group
+        accelerator.end_training()
+    return model

@@ -1,0 +1,181 @@
+"""`--train_batch_size 0`."""
+
+import pytest
+import torch
+from small_runs import build_arguments, run_small
+
+from mixlm.errors import UserError
+from mixlm.training import batch_size as module
+from mixlm.training.batch_size import RememberedSizes, find_batch_size, largest_batch
+from mixlm.training.memory import MemoryMeter, parse_memory
+
+MIB = 2**20
+CPU = torch.device("cpu")
+
+
+class Machine:
+    """A step of n rows takes `base` + n x `row` bytes; it keeps what was tried."""
+
+    def __init__(self, base: int, row: int):
+        self.base, self.row, self.tried = base, row, []
+
+    def __call__(self, rows: int) -> int:
+        self.tried.append(rows)
+        return self.base + rows * self.row
+
+
+@pytest.mark.parametrize("limit_in_rows", [1, 2, 3, 7, 8, 31, 100, 1000])
+def test_the_answer_fits_and_is_within_an_eighth_of_the_largest(limit_in_rows):
+    machine = Machine(base=50, row=10)
+    trials = largest_batch(machine, 50 + 10 * limit_in_rows, most_rows=4096)
+    answer = max(trial.rows for trial in trials if trial.fits)
+    assert answer <= limit_in_rows < answer + max(1, answer // 8) + 1
+    # Beyond the first two nothing is run that does not fit.
+    assert all(rows <= max(2, limit_in_rows) for rows in machine.tried)
+
+
+def test_it_doubles_and_then_bisects():
+    machine = Machine(base=0, row=1)
+    trials = largest_batch(machine, limit=52, most_rows=4096)
+    assert [(trial.rows, trial.fits, trial.was_run) for trial in trials] == [
+        *((rows, True, True) for rows in (1, 2, 4, 8, 16, 32)),
+        (64, False, False),
+        (48, True, True),
+        (56, False, False),
+        (52, True, True),
+    ]
+
+
+def test_it_stops_at_the_most_rows():
+    assert max(trial.rows for trial in largest_batch(Machine(0, 1), limit=10**9, most_rows=100) if trial.fits) >= 88
+
+
+def test_a_curve_that_bends_upwards_is_seen_when_it_is_run():
+    trials = largest_batch(lambda rows: rows**2, limit=950, most_rows=4096)
+    assert max(trial.rows for trial in trials if trial.fits) in range(27, 31)
+    assert any(trial.was_run and not trial.fits for trial in trials)
+
+
+def test_not_even_one_row_is_an_error_that_says_how_much_it_takes():
+    with pytest.raises(UserError) as caught:
+        largest_batch(Machine(base=90 * MIB, row=20 * MIB), limit=100 * MIB, most_rows=4096)
+    assert "one row takes 110 MiB, and 100 MiB may be used" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("4096", 4096), ("900MB", 900 * 10**6), ("4GiB", 4 * 2**30), (" 1.5 gb ", 15 * 10**8), ("2 mib", 2**21)],
+)
+def test_sizes_of_memory(text, size):
+    assert parse_memory(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "much", "4TBs", "-3GB", "0", "nanGB", "infGB", "1e999"])
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(UserError, match="memory"):
+        parse_memory(text)
+    with pytest.raises(UserError, match="memory"):
+        build_arguments("somewhere", memory_limit=text)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("MIXLM_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def find(machine: Machine, limit: str = "1000", **settings) -> tuple[int, list[str]]:
+    said: list[str] = []
+    return find_batch_size(machine, settings, limit, MemoryMeter(CPU), said.append), said
+
+
+def test_an_answer_is_remembered_for_the_same_settings_and_machine(cache, monkeypatch):
+    first, said = find(Machine(0, 10), model="a")
+    assert first in range(88, 101) and "too large, by what the others took" in said[0]
+    again = Machine(0, 10)
+    assert find(again, model="a") == (first, [f"--train_batch_size {first}, as was found on this machine before"])
+    assert again.tried == []
+    for change in ({"model": "b"}, {"model": "a", "limit": "2000"}):
+        other = Machine(0, 10)
+        find(other, **change)
+        assert other.tried
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(module.platform, "machine", lambda: "another")
+        other = Machine(0, 10)
+        find(other, model="a")
+        assert other.tried
+
+
+@pytest.mark.parametrize("content", ["", "[1, 2", "[]", "7", '{"x": "many"}'])
+def test_a_damaged_memory_remembers_nothing_and_is_mended(cache, content):
+    cache.mkdir()
+    (cache / "batch_sizes.json").write_text(content)
+    assert RememberedSizes(cache / "batch_sizes.json").get("x") is None
+    found, _ = find(Machine(0, 10))
+    again = Machine(0, 10)
+    assert find(again)[0] == found and again.tried == []
+
+
+def test_a_memory_that_cannot_be_written_does_no_harm(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MIXLM_CACHE", str(tmp_path / "file" / "cache"))
+    assert find(Machine(0, 10))[0] > 0
+
+
+@pytest.mark.parametrize(
+    ("effective", "fitting", "processes", "rows", "micro_batches"),
+    [(64, 100, 2, 32, 1), (64, 20, 2, 16, 2), (60, 7, 1, 6, 10), (64, 1, 4, 1, 16), (14, 5, 2, 1, 7)],
+)
+def test_the_effective_batch_is_kept_by_accumulation(effective, fitting, processes, rows, micro_batches):
+    arguments = build_arguments("x", train_batch_size=0, effective_batch_size=effective)
+    arguments.shrink_to_effective_batch(fitting, processes)
+    arguments.fit_effective_batch(processes)
+    assert (arguments.train_batch_size, arguments.gradient_accumulation_steps) == (rows, micro_batches)
+    assert rows * micro_batches * processes == effective
+
+
+def test_an_effective_batch_that_cannot_be_cut_equally_is_refused():
+    with pytest.raises(UserError, match="effective_batch_size=10: must be a multiple of train_batch_size x processes"):
+        build_arguments("x", train_batch_size=4, effective_batch_size=10).fit_effective_batch(1)
+    with pytest.raises(UserError, match="a multiple of 4 processes"):
+        build_arguments("x", train_batch_size=0, effective_batch_size=10).shrink_to_effective_batch(8, 4)
+    with pytest.raises(UserError, match="above 0 with tokens_per_step"):
+        build_arguments("x", train_batch_size=0, tokens_per_step=100)
+
+
+def checkpoint_bytes(folder, step: int) -> list[bytes]:
+    path = folder / "run" / "checkpoints" / f"step-{step:08d}"
+    return [(path / name).read_bytes() for name in ("model/model.safetensors", "optimizer.safetensors")]
+
+
+@pytest.mark.parametrize("fp16", [False, True], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("task", ["SOP", "ICT"])
+def test_a_search_leaves_no_trace_in_the_training(tmp_path, cache, monkeypatch, task, fp16):
+    """Model, moments, generators, order of data: as in a run that was told the same size; also when it goes on."""
+    monkeypatch.setattr(module, "MOST_ROWS", 4)
+    common = {"num_steps": 2, "scheduler_num_steps": 4, "fp16": fp16}
+    told = {"train_batch_size": 4, "effective_batch_size": 8}
+    limit = MemoryMeter(CPU).level() + 500 * MIB
+    found = {"train_batch_size": 0, "effective_batch_size": 8, "memory_limit": str(limit)}
+    for name, sizes in (("told", told), ("found", found)):
+        run_small(build_arguments(str(tmp_path / name), **common, **sizes), task=task)
+    assert checkpoint_bytes(tmp_path / "found", 2) == checkpoint_bytes(tmp_path / "told", 2)
+    more = {**common, "num_steps": 4, "resume": "auto"}
+    run_small(build_arguments(str(tmp_path / "told"), **more, **told), task=task)
+    # Without an effective batch size a run keeps that of its checkpoint.
+    run_small(build_arguments(str(tmp_path / "found"), **more, train_batch_size=0), task=task)
+    assert checkpoint_bytes(tmp_path / "found", 4) == checkpoint_bytes(tmp_path / "told", 4)
+
+
+def test_a_small_limit_gives_a_small_batch(tmp_path, cache, capsys):
+    """A real search: a model whose rows take megabytes, in what is there now and some megabytes more."""
+    sizes = {}
+    for mebibytes in (60, 120):
+        limit = MemoryMeter(CPU).level() + mebibytes * MIB
+        arguments = build_arguments(
+            str(tmp_path / str(mebibytes)), num_steps=1, train_batch_size=0, memory_limit=str(limit), save_steps=0
+        )
+        run_small(arguments, hidden_size=64, ff_dim=8192, num_hidden_layers=2)
+        sizes[mebibytes] = arguments.train_batch_size
+        assert "rows" in capsys.readouterr().out
+    assert 1 <= sizes[60] < sizes[120]
