@@ -20,7 +20,13 @@ from torch import Tensor, nn
 from torch.autograd import DeviceType
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import (
+    conv_flop_count,
+    flop_registry,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+    shape_wrapper,
+)
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModel, AutoModelForPreTraining, PreTrainedConfig, PreTrainedModel
 
@@ -327,9 +333,31 @@ def count_operations(function: Callable[[], Any]) -> int:
 
     A multiplication and an addition are two. What is computed twice counts twice.
     """
-    with FlopCounterMode(display=False, custom_mapping=OPERATION_FORMULAS) as counter:
+    with _OperationCounter() as counter:
         function()
-    return counter.get_total_flops()
+    return counter.total
+
+
+class _OperationCounter(TorchDispatchMode):
+    """Adds up by formula what runs. torch's FlopCounterMode hooks into every module too, which makes a model leave its
+    fused forms."""
+
+    def __init__(self):
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, operator, types, arguments=(), options=None):
+        options = options or {}
+        formula = OPERATION_FORMULAS.get(operator.overloadpacket)
+        if formula is None:
+            with self:  # what is made of other operators is counted by them
+                output = operator.decompose(*arguments, **options)
+            if output is not NotImplemented:
+                return output
+        output = operator(*arguments, **options)
+        if formula is not None:
+            self.total += formula(*arguments, **options, out_val=output)
+        return output
 
 
 def _product_in_place(_: Any, left: list[int], right: list[int], **others: Any) -> int:
@@ -364,14 +392,17 @@ def _attention_backward(
     return sdpa_backward_flop_count(by_output, query, key, value)
 
 
-# Arguments are shapes where the operator has tensors. torch's counter has no formula for the others, and counts the
-# weight gradient of a grouped convolution once for each group.
-OPERATION_FORMULAS = {
-    torch.ops.aten.addmm_: _product_in_place,
-    torch.ops.aten.baddbmm_: _product_in_place,
-    torch.ops.aten.convolution_backward: _convolution_backward,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+# Arguments are shapes where the operator has tensors. torch has no formula for some of these, and counts the weight
+# gradient of a grouped convolution once for each group.
+OPERATION_FORMULAS = flop_registry | {
+    operator: shape_wrapper(formula)
+    for operator, formula in {
+        torch.ops.aten.addmm_: _product_in_place,
+        torch.ops.aten.baddbmm_: _product_in_place,
+        torch.ops.aten.convolution_backward: _convolution_backward,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    }.items()
 }
 
 

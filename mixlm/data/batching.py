@@ -4,6 +4,7 @@ Which rows an optimizer step sees is a pure function of (seed, epoch, position i
 only deal the rows of that global batch out among themselves, so a run can resume at any step, on any number of ranks.
 """
 
+import signal
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -339,4 +340,11 @@ def _loader(examples: Dataset, keys: Iterable[list[Key]], pad_token_id: int, num
         # The loader draws a seed for its workers. Nothing here uses it; drawn from the global generator, it would
         # change the dropout masks of a run that resumes.
         generator=torch.Generator(),
+        worker_init_fn=_leave_signals_to_the_run,
     )
+
+
+def _leave_signals_to_the_run(worker: int) -> None:
+    """A launcher or a terminal sends a signal to all processes. The run ends its workers itself, when it has saved."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)

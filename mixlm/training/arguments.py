@@ -205,7 +205,7 @@ class TrainingArguments:
 
     @property
     def precision(self) -> str:
-        """ "fp32", "fp16" or "bf16": of matrix products."""
+        """What matrix products are computed in: "fp32", "fp16" or "bf16"."""
         return "fp16" if self.fp16 else "bf16" if self.bf16 else "fp32"
 
     def take_precision(self, asked: str) -> None:
@@ -332,7 +332,8 @@ def _from_json(arguments_class: type[Arguments], path: Path) -> Arguments:
     if missing:
         raise UserError(f"{path}: field {missing[0]!r} is missing")
     # As on the command line, where 1 for a number is 1.0.
-    return arguments_class(**{name: float(v) if types[name] is float else v for name, v in values.items()})
+    floats = [name for name, value in values.items() if value is not None and types[name] in (float, float | None)]
+    return arguments_class(**values | {name: float(values[name]) for name in floats})
 
 
 def _fields(arguments_class: type) -> list[str]:
@@ -346,7 +347,7 @@ def _nearest(name: str, arguments_class: type, dashes: str) -> str:
 
 def _has_type(value: Any, annotation: Any) -> bool:
     if get_origin(annotation) is Literal:
-        return value in get_args(annotation)
+        return any(type(value) is type(allowed) and value == allowed for allowed in get_args(annotation))
     if get_args(annotation):  # a union
         return any(_has_type(value, part) for part in get_args(annotation))
     if annotation is float:

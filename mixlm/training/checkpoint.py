@@ -38,11 +38,15 @@ SPARE_BYTES = 16 * 2**20  # for all that is not a tensor
 
 @dataclass
 class TrainingState:
-    """Where a run is: steps done, the place in the data after them, and the loss scale's state (fp16)."""
+    """Where a run is: steps done, the place in the data after them, and the loss scale's state (fp16).
+
+    With `evaluation_due` an evaluation was due after the last step, and the run was stopped before it.
+    """
 
     step: int
     position: Position
     scaler: dict[str, Any] | None = None
+    evaluation_due: bool = False
 
 
 def skeleton_of(model: PreTrainedModel) -> PreTrainedModel:
@@ -86,6 +90,7 @@ def save_checkpoint(
             "step": state.step,
             "position": state.position.to_dict(),
             "scaler": state.scaler,
+            "evaluation_due": state.evaluation_due,
             "arguments": arguments,
             "versions": {name: version(name) for name in ("torch", "transformers", "accelerate")},
             "files": {path.relative_to(partial).as_posix(): _hash(path) for path in files},
@@ -118,7 +123,8 @@ def load_checkpoint(
     model.load_state_dict(weights, strict=False)  # without the tied ones
     moments = safe_open(folder / OPTIMIZER_FILE, framework="pt")
     names = set(moments.keys())
-    state = TrainingState(contents["step"], Position.from_dict(contents["position"]), contents["scaler"])
+    position, is_due = Position.from_dict(contents["position"]), contents.get("evaluation_due", False)
+    state = TrainingState(contents["step"], position, contents["scaler"], is_due)
     return state, contents["arguments"], lambda name: moments.get_tensor(name) if name in names else None
 
 
@@ -165,6 +171,11 @@ def checkpoints_in(folder: Path) -> list[Path]:
         path.parent for path in folder.glob(f"step-*/{STATE_FILE}") if re.fullmatch(r"step-\d+", path.parent.name)
     ]
     return sorted(found, key=step_of)
+
+
+def checkpoint_of(folder: Path, step: int) -> Path:
+    """Where a run's checkpoint after `step` lies in its `checkpoints` folder."""
+    return folder / f"step-{step:08d}"
 
 
 def step_of(checkpoint: Path) -> int:

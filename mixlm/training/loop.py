@@ -14,7 +14,16 @@ from ..data.batching import Position
 from ..errors import RunStopped, UserError
 from .arguments import TrainingArguments
 from .batch_size import find_batch_size
-from .checkpoint import TrainingState, checkpoints_in, load_checkpoint, prune, save_checkpoint, skeleton_of, step_of
+from .checkpoint import (
+    TrainingState,
+    checkpoint_of,
+    checkpoints_in,
+    load_checkpoint,
+    prune,
+    save_checkpoint,
+    skeleton_of,
+    step_of,
+)
 from .memory import MemoryMeter
 from .objectives import Batch, PretrainingObjective, Term
 from .optimization import AdamW, learning_rate_factor
@@ -81,16 +90,20 @@ def train(
             run.state.position = position
             if not run.optimizer_step(micro_batches):
                 continue
-            is_last = run.state.step == arguments.num_steps
-            reason = None if is_last else run.stop_request.reason()
-            if is_last or reason or (arguments.save_steps and run.state.step % arguments.save_steps == 0):
-                run.save(must_succeed=is_last or reason is not None)
-            if reason:
-                raise RunStopped(f"{reason}: stopped after step {run.state.step:,}; {how_to_go_on(arguments)}")
-            if is_last:
+            if run.state.step == arguments.num_steps:
                 break
-            if arguments.eval_steps and run.state.step % arguments.eval_steps == 0:
+            reason = run.stop_request.reason()
+            is_evaluation_due = arguments.eval_steps and run.state.step % arguments.eval_steps == 0
+            if is_evaluation_due and not reason:
                 run.evaluate()
+            run.state.evaluation_due = bool(is_evaluation_due and reason)  # it is made when the run goes on
+            if reason:
+                run.save(must_succeed=True)
+                raise RunStopped(f"{reason}: stopped after step {run.state.step:,}; {how_to_go_on(arguments)}")
+            if arguments.save_steps and run.state.step % arguments.save_steps == 0:
+                run.save(must_succeed=False)
+        if run.saved_step != run.state.step:
+            run.save(must_succeed=True)
     return run.evaluate()
 
 
@@ -130,18 +143,22 @@ class _Run:
             self.engine.load_moments(read_moments)
             if self.loss_scale is not None and self.state.scaler is not None:
                 self.loss_scale.load_state_dict(self.state.scaler)
-        # The checkpoints that lead here. When a run goes back to an earlier one, those after it are not among them.
-        self.ancestors = [path for path in checkpoints_in(self.checkpoints) if step_of(path) <= self.state.step]
-        self.is_new = checkpoint is None
+        # A run may also begin with a checkpoint of another.
+        self.is_new = checkpoint is None or checkpoint.resolve().parent != self.checkpoints.resolve()
+        self.saved_step = None if self.is_new else self.state.step
 
     def begin(self) -> None:
         """Take possession of the run's folder."""
-        if self.is_new and self.accelerator.is_main_process:
-            remove_earlier_run(self.arguments.run_folder)
+        if self.is_new:
+            on_main_process(self.accelerator, lambda: remove_earlier_run(self.arguments.run_folder))
+        # The checkpoints that lead here. When a run goes back to an earlier one, those after it are not among them.
+        self.ancestors = [path for path in checkpoints_in(self.checkpoints) if step_of(path) <= self.state.step]
         # What an interrupted run has logged after its checkpoint is logged again.
         purge = {"tensorboard": {"purge_step": self.state.step + 1}}
         self.accelerator.init_trackers("tensorboard", init_kwargs=purge)
         self.progress = Progress(self.accelerator, self.arguments.num_steps, self.state.step)
+        if self.state.evaluation_due:
+            self.evaluate()
 
     def _announce(self, checkpoint: Path, earlier_arguments: dict[str, Any]) -> None:
         self.accelerator.print(f"going on from {checkpoint} (step {self.state.step:,})")
@@ -232,9 +249,7 @@ class _Run:
             with nullcontext() if is_last else self.engine.no_sync():
                 loss, terms = self.objective.loss(batch, number, step)
                 (loss * factor).backward()
-            if (
-                self.loss_scale is not None
-            ):  # which would take the gradient of a loss that is no number for an overflow
+            if self.loss_scale is not None:  # which would take a loss that is no number for an overflow
                 self._require_number(float(loss.detach()))
             all_terms.append(terms)
         return all_terms
@@ -276,22 +291,22 @@ class _Run:
             {name: tensor.cpu() for name, tensor in tensors if is_main}
             for tensors in (self.engine.whole_parameters(), self.engine.whole_moments())
         )
-        target = self.checkpoints / f"step-{self.state.step:08d}"
+        target = checkpoint_of(self.checkpoints, self.state.step)
 
         def write() -> None:
             try:
                 save_checkpoint(target, self.skeleton, parameters, moments, self.state, self.resolved)
+                if target not in self.ancestors:
+                    self.ancestors.append(target)
+                prune(self.checkpoints, self.ancestors[-self.arguments.save_total_limit :])
             except OSError as error:
                 message = f"{target}: cannot be written: {error.strerror or error}; make room"
                 if must_succeed:
                     raise UserError(f"{message}; {how_to_go_on(self.arguments)}") from error
                 self.progress.write(f"{message}; training goes on, and the next checkpoint is due as usual")
-                return
-            if target not in self.ancestors:
-                self.ancestors.append(target)
-            prune(self.checkpoints, self.ancestors[-self.arguments.save_total_limit :])
 
         on_main_process(self.accelerator, write)
+        self.saved_step = self.state.step
         self.progress.pause()
 
 

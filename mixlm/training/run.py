@@ -17,7 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 from ..errors import UserError
 from ..files import whole_folder
 from .arguments import TrainingArguments
-from .checkpoint import MODEL_FOLDER, checkpoints_in, read_state, verify
+from .checkpoint import MODEL_FOLDER, checkpoint_of, checkpoints_in, read_state, verify
 from .launch import start_missing_processes
 
 # What a finished run has put into its folder, and what a new one in its place removes. The configuration comes last:
@@ -171,8 +171,8 @@ def finish_run(
     def write() -> None:
         try:
             with whole_folder(folder / FINAL_FOLDER) as partial:
-                model = checkpoints_in(folder / CHECKPOINTS)[-1] / MODEL_FOLDER
-                shutil.copytree(model, partial, dirs_exist_ok=True)
+                last = checkpoint_of(folder / CHECKPOINTS, arguments.num_steps)
+                shutil.copytree(last / MODEL_FOLDER, partial, dirs_exist_ok=True)
                 tokenizer.save_pretrained(partial)
                 results = {f"eval/{name}": value for name, value in metrics.items()}
                 (partial / RESULTS_FILE).write_text(json.dumps(results, indent=2) + "\n", "utf-8")

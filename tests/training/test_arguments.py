@@ -117,7 +117,7 @@ def wrong_values():
         elif kind is bool:
             values = ["true", 1]
         else:
-            values = ["neither", 4]
+            values = ["neither", 4, True, 3.0]
         if None not in getattr(kind, "__args__", ()) and type(None) not in getattr(kind, "__args__", ()):
             values.append(None)
         yield from ((field.name, value) for value in [*values, {}])

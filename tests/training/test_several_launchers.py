@@ -87,19 +87,21 @@ def test_a_rank_that_hangs_is_waited_for_no_longer_than_the_timeout(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_signal_to_the_launcher_saves_and_ends_all_ranks_and_the_run_goes_on(tmp_path):
-    arguments = {"num_steps": 100_000, "logging_steps": 50, "save_steps": 0, "resume": "auto"}
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_a_signal_to_the_launcher_saves_and_ends_all_ranks_and_the_run_goes_on(tmp_path, number):
+    arguments = {"num_steps": 100_000, "logging_steps": 50, "save_steps": 0, "resume": "auto", "num_workers": 1}
     run = start(tmp_path, ["--standalone", "--nproc_per_node", "2"], arguments)
     curves = tmp_path / "run" / "tensorboard"
     deadline = time.monotonic() + 60
     while not curves.exists() and time.monotonic() < deadline:
         time.sleep(0.1)
     time.sleep(2)
-    os.killpg(run.pid, signal.SIGINT)  # as a terminal does: to launcher and ranks, and the launcher passes it on
+    # As a terminal or a cluster does: to launcher, ranks and their workers; and the launcher passes it on.
+    os.killpg(run.pid, number)
     output, _ = run.communicate(timeout=60)
     saved = list((tmp_path / "run" / "checkpoints").glob("step-*/state.json"))
     assert len(saved) == 1, output
-    assert "SIGINT: stopped after step" in output and "--resume auto" in output
+    assert f"{number.name}: stopped after step" in output and "--resume auto" in output
     step = int(saved[0].parent.name.removeprefix("step-"))
     again = {**arguments, "num_steps": step + 2}
     run = start(tmp_path, ["--standalone", "--nproc_per_node", "2"], again)
