@@ -10,6 +10,7 @@ fairscale is no longer developed. What it needs in order to be right with today'
 * FullyShardedDataParallel needs CUDA streams. `_on_cpu` stands in for them where there are none.
 """
 
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +25,12 @@ from torch.nn.parallel import DistributedDataParallel
 from ..optimization import AdamW
 from .engine import Engine, number_of_ranks, this_rank
 from .owners import OwnerEngine
+
+# What it calls has newer names in torch; a user can do nothing about it.
+warnings.filterwarnings("ignore", message="TypedStorage is deprecated")
+warnings.filterwarnings(
+    "ignore", message=r"`torch\.distributed\._(all_gather|reduce_scatter)_base` is a private function"
+)
 
 
 class FairscaleZero1(OwnerEngine):
@@ -95,19 +102,27 @@ class FairscaleFullySharded(Engine):
             }
             for name, flat in self.parameters.items()
         }
-        self.decays = {}
-        for name, flat in self.parameters.items():
-            by_entry = [
-                torch.full([shape.numel()], float(each in decayed)) for each, shape in self.contents[name].items()
-            ]
-            self.decays[flat] = self._part(flat, torch.cat(by_entry).to(self.device)) * adamw.weight_decay
+        self.weight_decay = adamw.weight_decay
+        self.decaying = {name: self._entries_of(name, decayed) for name in self.parameters}
         return model, torch.optim.AdamW(self.parameters.values(), weight_decay=0.0, **adamw.options)
 
+    def _entries_of(self, name: str, wanted: set[str]) -> list[slice]:
+        """Where in this rank's piece of a flat parameter those of the model lie that are `wanted`."""
+        length = self.parameters[name].numel()
+        piece, first, found = range(this_rank() * length, (this_rank() + 1) * length), 0, []
+        for each, shape in self.contents[name].items():
+            start, stop = max(first, piece.start), min(first + shape.numel(), piece.stop)
+            if each in wanted and start < stop:
+                found.append(slice(start - piece.start, stop - piece.start))
+            first += shape.numel()
+        return found
+
+    @torch.no_grad()
     def step(self, learning_rate: float) -> None:
         """As in `Engine.step`. Weights decay by entry: a flat parameter holds some that do not."""
-        with torch.no_grad():
-            for parameter, decay in self.decays.items():
-                parameter.mul_(1 - learning_rate * decay)
+        for name, entries in self.decaying.items():
+            for each in entries:
+                self.parameters[name][each].mul_(1 - learning_rate * self.weight_decay)
         super().step(learning_rate)
 
     def no_sync(self) -> AbstractContextManager:
@@ -120,7 +135,7 @@ class FairscaleFullySharded(Engine):
 
     def _whole(self, parameter: nn.Parameter, part: Tensor) -> Tensor:
         pieces = part.new_empty(number_of_ranks() * part.numel())
-        dist.all_gather_into_tensor(pieces, part)
+        dist.all_gather(list(pieces.chunk(number_of_ranks())), part)
         return pieces[: parameter._orig_size.numel()]  # without the padding
 
     def _part(self, parameter: nn.Parameter, whole: Tensor) -> Tensor:
@@ -132,9 +147,10 @@ class FairscaleFullySharded(Engine):
 
 def _replace(model: nn.Module, unit: nn.Module, wrapped: nn.Module) -> None:
     """Put `wrapped` wherever `unit` is in the model."""
-    places = [(parent, name) for parent in model.modules() for name, child in parent.named_children() if child is unit]
-    for parent, name in places:
-        setattr(parent, name, wrapped)
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():  # named_children() names a child once
+            if child is unit:
+                parent._modules[name] = wrapped
 
 
 # -- on a CPU --------------------------------------------------------------------------------------------------------

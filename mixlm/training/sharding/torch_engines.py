@@ -1,5 +1,6 @@
 """torch's own sharding: ZeroRedundancyOptimizer, and FSDP2 (`fully_shard`)."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,6 +15,9 @@ from torch.nn.parallel import DistributedDataParallel
 from ..optimization import AdamW
 from .engine import Engine, number_of_ranks
 from .owners import OwnerEngine
+
+# Nothing is done in place to what a unit returns: a model in units keeps to its plain kernels.
+warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
 
 class TorchZero1(OwnerEngine):
