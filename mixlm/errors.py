@@ -40,7 +40,13 @@ def exits_on_user_error(main: Callable) -> Callable:
     @wraps(main)
     def wrapper(*args, **kwargs):
         try:
-            return main(*args, **kwargs)
+            result = main(*args, **kwargs)
+            if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+                # Communication threads can abort a process while it ends; a finished run would have failed.
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(0)
+            return result
         except UserError as error:
             if os.environ.get("RANK", "0") == "0":  # what is wrong with the input is wrong on every rank
                 print(f"error: {one_line(error)}", file=sys.stderr)

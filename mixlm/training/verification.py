@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..configuration import MixLMConfig, MixLMSwitchConfig
 from ..data.batching import Position, collate
+from ..errors import exits_on_user_error
 from ..heads import IGNORE
 from ..modeling_mixlm import MixLMForPreTraining
 from ..modeling_switch import MixLMSwitchForPreTraining
@@ -213,8 +214,12 @@ def _train_on(processes: int, case: Case, family: str, precisions: list[str], fo
         return f"no end after {TIMEOUT_SECONDS} seconds"
     if done.returncode == 0:
         return ""
-    errors = [line.strip() for line in done.stderr.splitlines() if "Error" in line and "ChildFailed" not in line]
-    return errors[0] if errors else f"exit code {done.returncode}"
+    lines = [line.strip() for line in done.stderr.splitlines()]
+    # What a rank says first, or else what torchrun says of how it ended.
+    telling = [line for line in lines if "rror" in line and "ChildFailed" not in line] + [
+        line for line in lines if line.startswith(("error", "exitcode")) or "Signal" in line
+    ]
+    return telling[0] if telling else f"exit code {done.returncode}"
 
 
 def _outcome(folder: Path, precision: str, repetition: int) -> Outcome:
@@ -274,6 +279,7 @@ def _are_same(one: Outcome, other: Outcome) -> bool:
 LEARNING_RATE = 1e-3
 
 
+@exits_on_user_error
 def main(folder: str, case: str, family: str, *precisions: str) -> None:
     """Train twice in each precision; the checkpoints, curves and cost.json of each are in a run folder below."""
     torch.set_num_threads(1)
