@@ -3,6 +3,7 @@
 import math
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -33,7 +34,8 @@ class MemoryMeter:
         if self.on_gpu:
             torch.cuda.reset_peak_memory_stats(self.device)
         elif sys.platform == "linux":
-            Path("/proc/self/clear_refs").write_text(PEAK_IS_WHAT_IS_THERE_NOW)
+            with suppress(OSError):  # some containers forbid it, and the peak is then that of the whole life too
+                Path("/proc/self/clear_refs").write_text(PEAK_IS_WHAT_IS_THERE_NOW)
 
     def peak(self) -> int:
         """The most bytes that were used at once since `restart`."""
