@@ -28,7 +28,7 @@ from .memory import MemoryMeter
 from .objectives import Batch, PretrainingObjective, Term
 from .optimization import AdamW, learning_rate_factor
 from .precision import LossScale
-from .run import CHECKPOINTS, choose_checkpoint, how_to_go_on, on_main_process, remove_earlier_run
+from .run import CHECKPOINTS, choose_checkpoint, how_to_go_on, is_of_run, on_main_process, remove_earlier_run
 from .sharding import Engine, build_engine, describe, sharding_units
 from .stopping import StopRequest
 from .tracking import Progress
@@ -144,7 +144,7 @@ class _Run:
             if self.loss_scale is not None and self.state.scaler is not None:
                 self.loss_scale.load_state_dict(self.state.scaler)
         # A run may also begin with a checkpoint of another.
-        self.is_new = checkpoint is None or checkpoint.resolve().parent != self.checkpoints.resolve()
+        self.is_new = checkpoint is None or not is_of_run(checkpoint, arguments.run_folder)
         self.saved_step = None if self.is_new else self.state.step
 
     def begin(self) -> None:
@@ -188,12 +188,16 @@ class _Run:
             factors = ("train_batch_size", "gradient_accumulation_steps", "processes")
             arguments.effective_batch_size = math.prod(earlier_arguments[name] for name in factors)
         meter = MemoryMeter(self.accelerator.device)
+        accumulates = arguments.gradient_accumulation_steps > 1 or arguments.effective_batch_size is not None
 
         def try_rows(rows: int) -> int:
             meter.restart()
             with torch.random.fork_rng([meter.device] if meter.on_gpu else []):
-                self._backward([longest_batch(rows)] * min(2, arguments.gradient_accumulation_steps))
-                self.engine.step(learning_rate=0.0)  # the moments need their memory too
+                for _ in range(2):  # the moments, which the first step makes, are there in the second
+                    self._backward([longest_batch(rows)] * (2 if accumulates else 1))
+                    for gradient in self.engine.gradients():
+                        gradient.zero_()  # an overflow in fp16 would reach the weights even at a learning rate of 0
+                    self.engine.step(learning_rate=0.0)
                 self.engine.forget_moments()
             return meter.peak()
 
@@ -203,6 +207,7 @@ class _Run:
             "configuration": self.skeleton.config.to_diff_dict(),
             "longest": {name: list(tensor.shape) for name, tensor in longest_batch(1).items()},
             "ranks": ranks,
+            "accumulates": accumulates,
         }
         fitting = find_batch_size(try_rows, settings, arguments.memory_limit, meter, self.accelerator.print)
         arguments.shrink_to_effective_batch(fitting, ranks)

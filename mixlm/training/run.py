@@ -95,7 +95,12 @@ def _goes_on_in(folder: Path, arguments: TrainingArguments) -> bool:
             CHECKPOINTS,
             "tensorboard",
         }
-    return arguments.resume != "never" and folder.resolve() in Path(arguments.resume).resolve().parents
+    return arguments.resume != "never" and is_of_run(Path(arguments.resume), folder)
+
+
+def is_of_run(checkpoint: Path, folder: Path) -> bool:
+    """Whether a checkpoint is among those of the run in `folder`; a copy elsewhere below it is not."""
+    return checkpoint.absolute().parent.resolve() == (folder / CHECKPOINTS).resolve()
 
 
 def require_checkpoint(arguments: TrainingArguments) -> None:

@@ -11,7 +11,7 @@ from small_runs import OBJECTIVES
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from mixlm.errors import RunStopped
+from mixlm.errors import RunStopped, UserError
 from mixlm.training import loop as loop_module
 from mixlm.training.report import read_curves
 from mixlm.training.run import finish_run, prepare_run
@@ -123,3 +123,13 @@ def test_an_older_checkpoint_that_cannot_be_deleted_does_not_end_the_run(
     assert "Permission denied" in capfd.readouterr().out
     assert len(names(arguments.run_folder)) == 3
     shutil.rmtree(arguments.run_folder)
+
+
+def test_a_copy_of_a_checkpoint_inside_the_run_folder_deletes_nothing(make_arguments, run_training, checkpoint_folder):
+    arguments = make_arguments(num_steps=2, save_steps=1)
+    run_training(arguments)
+    copy = arguments.run_folder / "backup" / "step-00000001"
+    shutil.copytree(checkpoint_folder(arguments, 1), copy)
+    with pytest.raises(UserError, match="an earlier run is there"):
+        run_training(make_arguments(num_steps=2, resume=str(copy)))
+    assert names(arguments.run_folder) == ["step-00000001", "step-00000002"]
