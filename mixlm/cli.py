@@ -15,7 +15,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .errors import UserError, exits_on_user_error
+from .errors import UserError, exits_on_user_error, is_out_of_memory
 from .files import new_folder, require_free
 
 if TYPE_CHECKING:
@@ -357,8 +357,7 @@ def profile_verb(arguments: argparse.Namespace) -> None:
         step = EncoderForward(model, batch) if arguments.inference else TrainingStep(model, batch)
         profile = profile_step(step, arguments.steps)
     except RuntimeError as error:
-        # On a CPU there is no class of its own for it.
-        if not re.search("out of memory|allocate memory|enough memory", str(error)):
+        if not is_out_of_memory(error):
             raise
         raise UserError(
             f"--shape {arguments.shape}: too large for the memory of {device}; give fewer rows or tokens"

@@ -24,6 +24,16 @@ def one_line(message: object) -> str:
     return " ".join(str(message).split())
 
 
+def file_error(error: OSError) -> str:
+    """What the system says went wrong, and with which file."""
+    return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else one_line(error)
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device, or the machine, had no more memory: torch says so in words alone, and in several."""
+    return any(words in str(error) for words in ("out of memory", "allocate memory", "enough memory"))
+
+
 def _is_about_another_rank(error: RuntimeError) -> bool:
     """Whether torch.distributed has lost a rank: gloo says so in words alone, NCCL and the store have classes."""
     by_class = type(error).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError")
@@ -31,6 +41,11 @@ def _is_about_another_rank(error: RuntimeError) -> bool:
         words in str(error) for words in ("Connection closed by peer", "Connection reset by peer", "Timed out waiting")
     )
     return by_class or by_words
+
+
+def _rank_unless_first() -> str:
+    rank = os.environ.get("RANK", "0")
+    return "" if rank == "0" else f"rank {rank}: "
 
 
 def exits_on_user_error(main: Callable) -> Callable:
@@ -48,14 +63,22 @@ def exits_on_user_error(main: Callable) -> Callable:
                 os._exit(0)
             return result
         except UserError as error:
-            if os.environ.get("RANK", "0") == "0":  # what is wrong with the input is wrong on every rank
-                print(f"error: {one_line(error)}", file=sys.stderr)
+            # What is wrong with the input is wrong on every rank of a machine.
+            if os.environ.get("LOCAL_RANK", "0") == "0":
+                print(f"error: {_rank_unless_first()}{one_line(error)}", file=sys.stderr)
             sys.exit(USER_ERROR_EXIT_CODE)
         except RunStopped as stop:
             if os.environ.get("RANK", "0") == "0":
                 print(one_line(stop), file=sys.stderr)
             sys.exit(STOPPED_EXIT_CODE)
         except RuntimeError as error:
+            if is_out_of_memory(error):
+                print(
+                    f"error: {_rank_unless_first()}out of memory: use a smaller --train_batch_size with more "
+                    f"--gradient_accumulation_steps, or more --zero ({one_line(error)[:200]})",
+                    file=sys.stderr,
+                )
+                sys.exit(USER_ERROR_EXIT_CODE)
             if not _is_about_another_rank(error):
                 raise
             rank = os.environ.get("RANK", "0")

@@ -310,7 +310,7 @@ def training_batches(
 
 def evaluation_batches(
     examples: Dataset, rows: int, pad_token_id: int, rank: int = 0, ranks: int = 1
-) -> Iterator[dict[str, Tensor]]:
+) -> Iterator[tuple[dict[str, Tensor], bool]]:
     """Every example exactly once over the ranks, as it is in epoch 0, from the longest to the shortest.
 
     Args:
@@ -318,16 +318,18 @@ def evaluation_batches(
         rows: most rows in a batch of one rank.
         pad_token_id: the padding token.
         rank: this process.
-        ranks: processes that share the examples. All of them get the same number of batches, except where there are
-            fewer rows than ranks for a last batch: then the last ranks get one less.
+        ranks: processes that share the examples. All of them get the same number of batches, because a sharded model
+            is called by all of them at once or by none.
 
     Yields:
-        Collated batches.
+        Collated batches, and whether they count: a rank for which no row is left gets a row of another one.
     """
     order = np.argsort(-np.asarray(examples.lengths, dtype=np.int64), kind="stable")
     steps = -(-len(order) // (rows * ranks))
-    shares = [share[rank::ranks].tolist() for share in np.array_split(order, max(1, steps))]
-    yield from _loader(examples, [[(0, index) for index in share] for share in shares if share], pad_token_id, 0)
+    shares = [share for share in np.array_split(order, max(1, steps)) if len(share)]
+    keys = [[(0, index) for index in share[min(rank, len(share) - 1) :: ranks].tolist()] for share in shares]
+    for share, batch in zip(shares, _loader(examples, keys, pad_token_id, num_workers=0), strict=True):
+        yield batch, rank < len(share)
 
 
 def _loader(examples: Dataset, keys: Iterable[list[Key]], pad_token_id: int, num_workers: int) -> DataLoader:

@@ -51,7 +51,7 @@ class TrainingArguments:
         default=None,
         metadata={
             "help": "Rows of an optimizer step over all processes; gradient_accumulation_steps follows from it. "
-            "None = by gradient_accumulation_steps."
+            "None = as many as train_batch_size and gradient_accumulation_steps make."
         },
     )
     memory_limit: str | None = field(
@@ -157,9 +157,14 @@ class TrainingArguments:
             "train_batch_size",
             "above 0 with tokens_per_step",
         )
+        if self.effective_batch_size is not None:
+            self.require(self.tokens_per_step is None, "tokens_per_step", "left out with effective_batch_size")
+            follows = self.gradient_accumulation_steps == 1
+            self.require(follows, "gradient_accumulation_steps", "left out with effective_batch_size")
         if self.memory_limit is not None:
-            parse_memory(self.memory_limit)
-        self.require(0 < self.timeout_minutes < math.inf, "timeout_minutes", "above 0 and finite")
+            self.require(self.train_batch_size == 0, "memory_limit", "left out unless train_batch_size is 0")
+            parse_memory("--memory_limit", self.memory_limit)
+        self.require(0 < self.timeout_minutes <= 1e6, "timeout_minutes", "above 0 and at most a million")
         self.require(self.max_minutes is None or self.max_minutes > 0, "max_minutes", "above 0")
         if self.zero3:
             self.require(self.zero in (0, 3), "zero", "3 (or left out) with zero3")
@@ -173,35 +178,33 @@ class TrainingArguments:
             raise UserError(f"--{name}={getattr(self, name)!r}: must be {rule}")
 
     def fit_effective_batch(self, processes: int) -> None:
-        """Make gradient_accumulation_steps what effective_batch_size asks for.
+        """Make gradient_accumulation_steps what effective_batch_size asks for, unless train_batch_size is to be found.
 
         Raises:
-            UserError: a step cannot be cut into equal batches of train_batch_size rows.
+            UserError: a step cannot be cut into equal batches of train_batch_size rows (of one, if it is to be found).
         """
         if self.effective_batch_size is None:
             return
-        rows = self.train_batch_size * processes
-        self.require(
-            self.effective_batch_size % rows == 0,
-            "effective_batch_size",
-            f"a multiple of train_batch_size x processes = {rows}",
-        )
-        self.gradient_accumulation_steps = self.effective_batch_size // rows
+        rows = max(1, self.train_batch_size) * processes
+        factors = "processes" if self.train_batch_size == 0 else "train_batch_size x processes"
+        is_multiple = self.effective_batch_size % rows == 0
+        self.require(is_multiple, "effective_batch_size", f"a multiple of {factors} = {rows}")
+        if self.train_batch_size > 0:
+            self.gradient_accumulation_steps = self.effective_batch_size // rows
 
-    def shrink_to_effective_batch(self, fitting: int, processes: int) -> None:
-        """Make train_batch_size the largest number of rows up to `fitting` that divides a step equally.
+    def take_batch_size(self, fitting: int, rows_per_process: int | None) -> None:
+        """Set a train_batch_size that was to be found.
 
-        Raises:
-            UserError: effective_batch_size is not a multiple of the processes.
+        Args:
+            fitting: the most rows for which there is memory.
+            rows_per_process: of a step, which are cut into the fewest equal batches; None leaves
+                gradient_accumulation_steps as it is.
         """
         self.train_batch_size = fitting
-        if self.effective_batch_size is None:
-            return
-        self.require(
-            self.effective_batch_size % processes == 0, "effective_batch_size", f"a multiple of {processes} processes"
-        )
-        rows = self.effective_batch_size // processes
-        self.train_batch_size = max(size for size in range(1, min(fitting, rows) + 1) if rows % size == 0)
+        if rows_per_process is not None:
+            sizes = range(1, min(fitting, rows_per_process) + 1)
+            self.train_batch_size = max(size for size in sizes if rows_per_process % size == 0)
+            self.gradient_accumulation_steps = rows_per_process // self.train_batch_size
 
     @property
     def precision(self) -> str:

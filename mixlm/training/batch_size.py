@@ -62,9 +62,22 @@ def find_batch_size(
     if known:
         say(f"--train_batch_size {known}, as was found on this machine before")
         return known
-    own_limit = parse_memory(limit) if limit is not None else meter.level() + int((1 - MARGIN) * meter.available())
+    if limit is None:
+        own_limit = meter.level() + int((1 - MARGIN) * meter.available())
+    else:
+        own_limit = parse_memory("--memory_limit", limit)
     smallest_limit = _over_ranks(own_limit, min, meter)
-    trials = largest_batch(lambda rows: _over_ranks(try_rows(rows), max, meter), smallest_limit, MOST_ROWS)
+
+    def peak_of(rows: int) -> int:
+        try:
+            peak = try_rows(rows)
+        except torch.OutOfMemoryError:
+            if number_of_ranks() > 1:  # the others wait for this one in the middle of the step
+                raise
+            peak = smallest_limit + 1
+        return _over_ranks(peak, max, meter)
+
+    trials = largest_batch(peak_of, smallest_limit, MOST_ROWS)
     found = max(trial.rows for trial in trials if trial.fits)
     say(_table(trials, smallest_limit))
     say(f"--train_batch_size {found}")

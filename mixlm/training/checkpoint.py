@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..data.batching import Position
-from ..errors import UserError
+from ..errors import UserError, file_error
 from ..files import whole_folder
 
 OPTIMIZER_FILE, STATE_FILE, MODEL_FOLDER = "optimizer.safetensors", "state.json", "model"
@@ -95,6 +95,7 @@ def save_checkpoint(
             "versions": {name: version(name) for name in ("torch", "transformers", "accelerate")},
             "files": {path.relative_to(partial).as_posix(): _hash(path) for path in files},
         }
+        contents["hash"] = _hash_of_state(contents)
         (partial / STATE_FILE).write_text(json.dumps(contents, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
@@ -149,19 +150,18 @@ def read_state(folder: Path) -> dict[str, Any]:
     """
     try:
         contents = json.loads((folder / STATE_FILE).read_text("utf-8"))
-        Position.from_dict(contents["position"])
-        types = {"files": dict, "step": int, "arguments": dict, "scaler": (dict, type(None))}
-        for name, expected in types.items():
-            if not isinstance(contents[name], expected):
-                raise ValueError(f"{name} is of another type")
+        if contents.pop("hash") != _hash_of_state(contents):
+            raise ValueError("not what was written")
         return contents
     except FileNotFoundError as error:
         raise UserError(
             f"{folder}: not a checkpoint (no {STATE_FILE}); they lie in RUN/checkpoints/step-..."
         ) from error
-    except (ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise UserError(f"{file_error(error)}; use an older checkpoint") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{folder / STATE_FILE}: damaged ({type(error).__name__}: {error}); use an older one"
+            f"{folder / STATE_FILE}: damaged ({type(error).__name__}: {error}); use an older checkpoint"
         ) from error
 
 
@@ -202,6 +202,10 @@ def _is_remnant(path: Path) -> bool:
     if re.fullmatch(r"step-\d+", path.name):
         return not (path / STATE_FILE).is_file()
     return re.fullmatch(r"\.step-\d+\.partial", path.name) is not None
+
+
+def _hash_of_state(contents: dict[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(contents, sort_keys=True).encode()).hexdigest()
 
 
 def _hash(path: Path) -> str:

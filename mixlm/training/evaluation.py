@@ -29,13 +29,13 @@ def unigram_log_probabilities(token_counts: np.ndarray) -> Tensor:
 
 @torch.no_grad()
 def evaluate_pretraining(
-    engine: Engine, batches: Iterable[Batch], accelerator: Accelerator, unigram: Tensor
+    engine: Engine, batches: Iterable[tuple[Batch, bool]], accelerator: Accelerator, unigram: Tensor
 ) -> dict[str, float]:
     """Metrics over all ranks' held-out batches.
 
     Args:
         engine: of a ForPreTraining model, in evaluation mode.
-        batches: this rank's share.
+        batches: this rank's share, from `evaluation_batches`.
         accelerator: adds up over ranks.
         unigram: from `unigram_log_probabilities`, [vocabulary].
 
@@ -47,9 +47,12 @@ def evaluate_pretraining(
     sums = torch.zeros(6, dtype=torch.float64)  # loss, unigram loss, correct, tokens, sentence orders correct, of
     examples = 0
     queries, contexts = [], []
-    for batch in tqdm(batches, desc="evaluating", leave=False, disable=not accelerator.is_main_process, delay=2):
+    is_hidden = not accelerator.is_main_process
+    for batch, counts in tqdm(batches, desc="evaluating", leave=False, disable=is_hidden, delay=2):
         batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
         outputs = engine(**batch)
+        if not counts:
+            continue
         labels = [batch[name][batch[name] != IGNORE] for name in ("labels", "context_labels") if name in batch]
         targets = torch.cat(labels)
         correct = (outputs.prediction_logits.argmax(dim=-1) == targets).sum()

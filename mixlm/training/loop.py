@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 from ..data.batching import Position
-from ..errors import RunStopped, UserError
+from ..errors import RunStopped, UserError, file_error
 from .arguments import TrainingArguments
 from .batch_size import find_batch_size
 from .checkpoint import (
@@ -135,7 +135,6 @@ class _Run:
         self.engine.train()
         if arguments.train_batch_size == 0:
             self._find_batch_size(longest_batch, earlier_arguments)
-        arguments.fit_effective_batch(accelerator.num_processes)
         self.resolved = {**arguments.to_dict(), "processes": accelerator.num_processes}
 
         if checkpoint is not None:
@@ -172,7 +171,9 @@ class _Run:
         if arguments.zero and ranks == 1:
             self.accelerator.print(f"--zero {arguments.zero}: one process has nothing to share out; as --zero 0")
         units = sharding_units(model)
-        if arguments.auto_wrap:
+        if arguments.auto_wrap and arguments.zero < 2:
+            self.accelerator.print(f"--auto_wrap: without effect with --zero {arguments.zero}")
+        elif arguments.auto_wrap:
             self.accelerator.print(describe(units, ranks))
         adamw = AdamW(arguments.learning_rate, arguments.weight_decay, arguments.adam_epsilon)
         units = units if arguments.auto_wrap else units[-1:]
@@ -184,11 +185,17 @@ class _Run:
         A run that goes on keeps the rows of its steps, and with them the order of its data.
         """
         arguments, ranks = self.arguments, self.accelerator.num_processes
-        if arguments.effective_batch_size is None and earlier_arguments:
+        rows_per_step = arguments.effective_batch_size
+        if rows_per_step is None and earlier_arguments:
             factors = ("train_batch_size", "gradient_accumulation_steps", "processes")
-            arguments.effective_batch_size = math.prod(earlier_arguments[name] for name in factors)
+            rows_per_step = math.prod(earlier_arguments[name] for name in factors)
+            if rows_per_step % ranks:
+                raise UserError(
+                    f"--resume: the steps of this run have {rows_per_step} rows, which {ranks} processes cannot share "
+                    "equally; use another number of processes, or give --effective_batch_size"
+                )
         meter = MemoryMeter(self.accelerator.device)
-        accumulates = arguments.gradient_accumulation_steps > 1 or arguments.effective_batch_size is not None
+        accumulates = arguments.gradient_accumulation_steps > 1 or rows_per_step is not None
 
         def try_rows(rows: int) -> int:
             meter.restart()
@@ -210,19 +217,22 @@ class _Run:
             "accumulates": accumulates,
         }
         fitting = find_batch_size(try_rows, settings, arguments.memory_limit, meter, self.accelerator.print)
-        arguments.shrink_to_effective_batch(fitting, ranks)
+        arguments.take_batch_size(fitting, None if rows_per_step is None else rows_per_step // ranks)
 
     def optimizer_step(self, micro_batches: list[Batch]) -> bool:
         """Gradients of all micro-batches, clip, update; False where fp16 overflowed and nothing was updated."""
         arguments, state = self.arguments, self.state
         _seed_dropout(arguments.seed, state.step, self.accelerator.process_index)
-        for batch, terms in zip(micro_batches, self._backward(micro_batches), strict=True):
+        loss, all_terms = self._backward(micro_batches)
+        for batch, terms in zip(micro_batches, all_terms, strict=True):
             self.progress.add(terms, _real_tokens(batch))
         scale = 1.0 if self.loss_scale is None else self.loss_scale.value
         gradient_norm = self.engine.gradient_norm() / scale
         if self.loss_scale is None:
             self._require_number(gradient_norm)
         elif not self.loss_scale.update(gradient_norm):
+            # Where the gradient is no number, the scale was too large, or else the loss is no number either.
+            self._require_number(float(self.accelerator.reduce(loss, "sum")))
             self.engine.forget_gradients()
             self._report_skipped_step()
             return False
@@ -238,8 +248,12 @@ class _Run:
             self.progress.log(state.step, learning_rate, gradient_norm)
         return True
 
-    def _backward(self, micro_batches: list[Batch]) -> list[dict[str, Term]]:
-        """The gradients of a step, summed over micro-batches and ranks; returns the terms of each micro-batch."""
+    def _backward(self, micro_batches: list[Batch]) -> tuple[Tensor, list[dict[str, Term]]]:
+        """The gradients of a step, summed over micro-batches and ranks.
+
+        Returns:
+            this rank's share of the loss, and the terms of each micro-batch.
+        """
         micro_batches = [
             {name: tensor.to(self.accelerator.device, non_blocking=True) for name, tensor in batch.items()}
             for batch in micro_batches
@@ -247,17 +261,16 @@ class _Run:
         step = self.objective.begin_step(micro_batches)
         # The engines average over ranks; shares of a sum are to be added.
         factor = self.accelerator.num_processes * (1.0 if self.loss_scale is None else self.loss_scale.value)
-        all_terms = []
+        total, all_terms = torch.zeros((), device=self.accelerator.device), []
         for number, batch in enumerate(micro_batches):
             is_last = number == len(micro_batches) - 1
             # Gradients are exchanged once, with the last micro-batch.
             with nullcontext() if is_last else self.engine.no_sync():
                 loss, terms = self.objective.loss(batch, number, step)
                 (loss * factor).backward()
-            if self.loss_scale is not None:  # which would take a loss that is no number for an overflow
-                self._require_number(float(loss.detach()))
+            total += loss.detach()
             all_terms.append(terms)
-        return all_terms
+        return total, all_terms
 
     def _require_number(self, value: float) -> None:
         if not math.isfinite(value):
@@ -301,14 +314,18 @@ class _Run:
         def write() -> None:
             try:
                 save_checkpoint(target, self.skeleton, parameters, moments, self.state, self.resolved)
-                if target not in self.ancestors:
-                    self.ancestors.append(target)
-                prune(self.checkpoints, self.ancestors[-self.arguments.save_total_limit :])
             except OSError as error:
                 message = f"{target}: cannot be written: {error.strerror or error}; make room"
                 if must_succeed:
                     raise UserError(f"{message}; {how_to_go_on(self.arguments)}") from error
                 self.progress.write(f"{message}; training goes on, and the next checkpoint is due as usual")
+                return
+            if target not in self.ancestors:
+                self.ancestors.append(target)
+            try:
+                prune(self.checkpoints, self.ancestors[-self.arguments.save_total_limit :])
+            except OSError as error:
+                self.progress.write(f"{file_error(error)}: an older checkpoint cannot be deleted; training goes on")
 
         on_main_process(self.accelerator, write)
         self.saved_step = self.state.step

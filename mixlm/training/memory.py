@@ -56,8 +56,8 @@ class MemoryMeter:
         return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def parse_memory(text: str) -> int:
-    """ "900MB", "4GiB", "4096" (bytes) -> bytes.
+def parse_memory(flag: str, text: str) -> int:
+    """ "900MB", "4GiB", "4096" (bytes), as `flag` was given it -> bytes.
 
     Raises:
         UserError: it is not a size.
@@ -68,7 +68,7 @@ def parse_memory(text: str) -> int:
     try:
         size = float(number) * units[unit]
     except (ValueError, KeyError) as error:
-        raise UserError(f"memory {text!r}: give a number and MB, MiB, GB or GiB, such as 4GB") from error
-    if not 0 < size < math.inf:
-        raise UserError(f"memory {text!r}: must be above 0")
+        raise UserError(f"{flag}={text!r}: give a number and MB, MiB, GB or GiB, such as 4GB") from error
+    if not 1 <= size < math.inf:
+        raise UserError(f"{flag}={text!r}: must be a byte or more, and finite")
     return int(size)

@@ -14,10 +14,10 @@ from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broad
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from ..errors import UserError
+from ..errors import UserError, file_error
 from ..files import whole_folder
 from .arguments import TrainingArguments
-from .checkpoint import MODEL_FOLDER, checkpoint_of, checkpoints_in, read_state, verify
+from .checkpoint import MODEL_FOLDER, checkpoint_of, checkpoints_in, prune, read_state, verify
 from .launch import start_missing_processes
 
 # What a finished run has put into its folder, and what a new one in its place removes. The configuration comes last:
@@ -25,7 +25,6 @@ from .launch import start_missing_processes
 FINAL_FOLDER, CONFIGURATION_FILE, RESULTS_FILE = "final", "config.json", "eval_results.json"
 CHECKPOINTS = "checkpoints"
 REMOVED_BY_A_NEW_RUN = (
-    CHECKPOINTS,
     "tensorboard",
     CONFIGURATION_FILE,
     RESULTS_FILE,
@@ -38,7 +37,8 @@ def prepare_run(arguments: TrainingArguments) -> Accelerator:
     """Make the run's folder, seed the process, and start accelerate with TensorBoard in the folder.
 
     Raises:
-        UserError: the folder cannot be written or belongs to an earlier run; there is no such checkpoint.
+        UserError: the folder cannot be written or belongs to an earlier run; there is no such checkpoint; the rows of
+            a step cannot be shared out among the processes.
     """
     require_checkpoint(arguments)
     start_missing_processes()
@@ -53,19 +53,22 @@ def prepare_run(arguments: TrainingArguments) -> Accelerator:
     )
     # `accelerate config` may ask for a precision. The engine sees to it: on a CPU accelerate passes over fp16.
     arguments.take_precision(accelerator.mixed_precision)
+    arguments.fit_effective_batch(accelerator.num_processes)
     on_main_process(accelerator, lambda: _claim(folder, arguments))
     torch.manual_seed(arguments.seed)
     return accelerator
 
 
 def on_main_process(accelerator: Accelerator, action: Callable[[], object]) -> None:
-    """Let the main process do something while the others wait; its UserError is raised on all of them."""
+    """Let the main process do something while the others wait; what a user can mend is a UserError on all of them."""
     message: list[str | None] = [None]
     if accelerator.is_main_process:
         try:
             action()
         except UserError as error:
             message = [str(error)]
+        except OSError as error:
+            message = [file_error(error)]
     broadcast_object_list(message)
     if message[0] is not None:
         raise UserError(message[0])
@@ -74,10 +77,10 @@ def on_main_process(accelerator: Accelerator, action: Callable[[], object]) -> N
 def _claim(folder: Path, arguments: TrainingArguments) -> None:
     occupied = folder.is_dir() and any(folder.iterdir())
     if occupied and not (_goes_on_in(folder, arguments) or arguments.overwrite_output_dir):
+        is_run = any((folder / name).exists() for name in (CHECKPOINTS, *REMOVED_BY_A_NEW_RUN))
+        found = "an earlier run is there" if is_run else "other files are there"
         go_on = "go on with --resume auto, " if checkpoints_in(folder / CHECKPOINTS) else ""
-        raise UserError(
-            f"{folder}: an earlier run is there; {go_on}choose another --model_name, or give --overwrite_output_dir"
-        )
+        raise UserError(f"{folder}: {found}; {go_on}choose another --model_name, or give --overwrite_output_dir")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"
@@ -106,8 +109,10 @@ def is_of_run(checkpoint: Path, folder: Path) -> bool:
 def require_checkpoint(arguments: TrainingArguments) -> None:
     """Raise UserError where `--resume` names a folder that is no checkpoint."""
     if arguments.resume not in ("auto", "never"):
-        if not Path(arguments.resume).is_dir():
-            raise UserError(f"--resume {arguments.resume}: no such folder; 'auto' takes the run's newest checkpoint")
+        path = Path(arguments.resume)
+        if not path.is_dir():
+            found = "a file" if path.is_file() else "no such folder"
+            raise UserError(f"--resume {path}: {found}; give a checkpoint's folder, or auto for the run's newest")
         read_state(Path(arguments.resume))
 
 
@@ -157,10 +162,17 @@ def how_to_go_on(arguments: TrainingArguments) -> str:
 
 
 def remove_earlier_run(folder: Path) -> None:
-    """Delete what an earlier run has left in its folder."""
+    """Delete what an earlier run has left in its folder.
+
+    Raises:
+        OSError: something cannot be deleted.
+    """
+    if (folder / CHECKPOINTS).is_dir():  # it may be a link to a larger disk, which stays
+        prune(folder / CHECKPOINTS, kept=[])
     for name in REMOVED_BY_A_NEW_RUN:
         path = folder / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        is_folder = path.is_dir() and not path.is_symlink()
+        shutil.rmtree(path) if is_folder else path.unlink(missing_ok=True)
 
 
 def finish_run(
@@ -187,7 +199,7 @@ def finish_run(
             (folder / FINAL_FOLDER).rmdir()
         except OSError as error:
             raise UserError(
-                f"{folder}: cannot be written: {error.strerror or error}; make room, then --resume auto"
+                f"{file_error(error)}; the model is in {folder / CHECKPOINTS}: make room, then --resume auto"
             ) from error
         for name, value in metrics.items():
             print(f"  {name:>16}  {value:,.4f}")

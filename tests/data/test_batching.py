@@ -272,14 +272,15 @@ def test_training_batches_follow_the_order_over_epochs_and_from_any_position(num
         assert torch.equal(torch.get_rng_state(), random_state)
 
 
-@pytest.mark.parametrize(("rows", "ranks"), [(8, 1), (7, 3), (1, 2), (64, 4), (5000, 2)])
+@pytest.mark.parametrize(("rows", "ranks"), [(8, 1), (7, 3), (1, 2), (1, 3), (1, 4), (64, 4), (5000, 2)])
 def test_evaluation_has_every_example_once_and_keeps_the_ranks_together(rows, ranks):
     parts = [list(evaluation_batches(NumberedExamples(), rows, 0, rank, ranks)) for rank in range(ranks)]
-    found = [index for part in parts for batch in part for index in batch["input_ids"][:, 0].tolist()]
+    counting = [batch for part in parts for batch, counts in part if counts]
+    found = [index for batch in counting for index in batch["input_ids"][:, 0].tolist()]
     assert sorted(found) == list(range(len(LENGTHS)))
     assert len({len(part) for part in parts}) == 1
-    assert all(len(batch["input_ids"]) <= rows and not batch["epoch"].any() for part in parts for batch in part)
-    longest = [batch["input_ids"].shape[1] for batch in parts[0]]
+    assert all(len(batch["input_ids"]) <= rows and not batch["epoch"].any() for part in parts for batch, _ in part)
+    longest = [batch["input_ids"].shape[1] for batch, _ in parts[0]]
     assert longest == sorted(longest, reverse=True)
 
 
@@ -287,4 +288,6 @@ def test_evaluation_of_fewer_examples_than_ranks():
     class Few(NumberedExamples):
         lengths = LENGTHS[:2]
 
-    assert [len(list(evaluation_batches(Few(), 4, 0, rank, 3))) for rank in range(3)] == [1, 1, 0]
+    parts = [list(evaluation_batches(Few(), 4, 0, rank, 3)) for rank in range(3)]
+    assert [[counts for _, counts in part] for part in parts] == [[True], [True], [False]]
+    assert len(parts[2][0][0]["input_ids"]) == 1

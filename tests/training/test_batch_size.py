@@ -67,15 +67,15 @@ def test_not_even_one_row_is_an_error_that_says_how_much_it_takes():
     [("4096", 4096), ("900MB", 900 * 10**6), ("4GiB", 4 * 2**30), (" 1.5 gb ", 15 * 10**8), ("2 mib", 2**21)],
 )
 def test_sizes_of_memory(text, size):
-    assert parse_memory(text) == size
+    assert parse_memory("--memory_limit", text) == size
 
 
 @pytest.mark.parametrize("text", ["", "much", "4TBs", "-3GB", "0", "nanGB", "infGB", "1e999"])
 def test_what_is_no_size_is_refused(text):
-    with pytest.raises(UserError, match="memory"):
-        parse_memory(text)
-    with pytest.raises(UserError, match="memory"):
-        build_arguments("somewhere", memory_limit=text)
+    with pytest.raises(UserError, match="--device_memory="):
+        parse_memory("--device_memory", text)
+    with pytest.raises(UserError, match="--memory_limit="):
+        build_arguments("somewhere", train_batch_size=0, memory_limit=text)
 
 
 @pytest.fixture
@@ -122,25 +122,51 @@ def test_a_memory_that_cannot_be_written_does_no_harm(tmp_path, monkeypatch):
     assert find(Machine(0, 10))[0] > 0
 
 
+def step_of(rows: int, **fields):
+    return build_arguments("x", effective_batch_size=rows, gradient_accumulation_steps=1, **fields)
+
+
 @pytest.mark.parametrize(
     ("effective", "fitting", "processes", "rows", "micro_batches"),
     [(64, 100, 2, 32, 1), (64, 20, 2, 16, 2), (60, 7, 1, 6, 10), (64, 1, 4, 1, 16), (14, 5, 2, 1, 7)],
 )
 def test_the_effective_batch_is_kept_by_accumulation(effective, fitting, processes, rows, micro_batches):
-    arguments = build_arguments("x", train_batch_size=0, effective_batch_size=effective)
-    arguments.shrink_to_effective_batch(fitting, processes)
+    arguments = step_of(effective, train_batch_size=0)
     arguments.fit_effective_batch(processes)
+    assert arguments.train_batch_size == 0
+    arguments.take_batch_size(fitting, effective // processes)
     assert (arguments.train_batch_size, arguments.gradient_accumulation_steps) == (rows, micro_batches)
     assert rows * micro_batches * processes == effective
 
 
 def test_an_effective_batch_that_cannot_be_cut_equally_is_refused():
     with pytest.raises(UserError, match="effective_batch_size=10: must be a multiple of train_batch_size x processes"):
-        build_arguments("x", train_batch_size=4, effective_batch_size=10).fit_effective_batch(1)
-    with pytest.raises(UserError, match="a multiple of 4 processes"):
-        build_arguments("x", train_batch_size=0, effective_batch_size=10).shrink_to_effective_batch(8, 4)
-    with pytest.raises(UserError, match="above 0 with tokens_per_step"):
-        build_arguments("x", train_batch_size=0, tokens_per_step=100)
+        step_of(10, train_batch_size=4).fit_effective_batch(1)
+    with pytest.raises(UserError, match="effective_batch_size=10: must be a multiple of processes = 4"):
+        step_of(10, train_batch_size=0).fit_effective_batch(4)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"train_batch_size": 0, "tokens_per_step": 100}, "train_batch_size=0: must be above 0 with tokens_per_step"),
+        ({"effective_batch_size": 64, "tokens_per_step": 100}, "tokens_per_step=100: must be left out with effective"),
+        ({"effective_batch_size": 64, "gradient_accumulation_steps": 2}, "gradient_accumulation_steps=2: must be"),
+        ({"train_batch_size": 8, "memory_limit": "4GB"}, "memory_limit='4GB': must be left out unless"),
+    ],
+)
+def test_flags_that_contradict_each_other_are_refused(fields, message):
+    with pytest.raises(UserError, match=message):
+        build_arguments("x", **{"gradient_accumulation_steps": 1, **fields})
+
+
+def test_out_of_memory_on_one_process_is_a_batch_that_does_not_fit(cache):
+    def try_rows(rows: int) -> int:
+        if rows > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return 1  # before anything shows how it grows
+
+    assert find(try_rows)[0] == 4
 
 
 def checkpoint_bytes(folder, step: int) -> list[bytes]:
@@ -153,7 +179,13 @@ def test_an_overflow_while_searching_does_not_reach_the_weights(tmp_path, cache,
     monkeypatch.setattr(module, "MOST_ROWS", 2)
     limit = MemoryMeter(CPU).level() + 500 * MIB
     arguments = build_arguments(
-        str(tmp_path), num_steps=1, fp16=True, train_batch_size=0, effective_batch_size=8, memory_limit=str(limit)
+        str(tmp_path),
+        num_steps=1,
+        fp16=True,
+        train_batch_size=0,
+        effective_batch_size=8,
+        gradient_accumulation_steps=1,
+        memory_limit=str(limit),
     )
     model = run_small(arguments, initializer_range=3.0)
     assert all(parameter.isfinite().all() for parameter in model.parameters())
@@ -161,10 +193,10 @@ def test_an_overflow_while_searching_does_not_reach_the_weights(tmp_path, cache,
 
 @pytest.mark.parametrize("fp16", [False, True], ids=["fp32", "fp16"])
 @pytest.mark.parametrize("task", ["SOP", "ICT"])
-def test_a_search_leaves_no_trace_in_the_training(tmp_path, cache, monkeypatch, task, fp16):
+def test_a_search_leaves_no_trace_in_the_training(tmp_path, cache, monkeypatch, capsys, task, fp16):
     """Model, moments, generators, order of data: as in a run that was told the same size; also when it goes on."""
     monkeypatch.setattr(module, "MOST_ROWS", 4)
-    common = {"num_steps": 2, "scheduler_num_steps": 4, "fp16": fp16}
+    common = {"num_steps": 2, "scheduler_num_steps": 4, "fp16": fp16, "gradient_accumulation_steps": 1}
     told = {"train_batch_size": 4, "effective_batch_size": 8}
     limit = MemoryMeter(CPU).level() + 500 * MIB
     found = {"train_batch_size": 0, "effective_batch_size": 8, "memory_limit": str(limit)}
@@ -174,7 +206,9 @@ def test_a_search_leaves_no_trace_in_the_training(tmp_path, cache, monkeypatch, 
     more = {**common, "num_steps": 4, "resume": "auto"}
     run_small(build_arguments(str(tmp_path / "told"), **more, **told), task=task)
     # Without an effective batch size a run keeps that of its checkpoint.
+    capsys.readouterr()
     run_small(build_arguments(str(tmp_path / "found"), **more, train_batch_size=0), task=task)
+    assert "train_batch_size 4 ->" not in capsys.readouterr().out
     assert checkpoint_bytes(tmp_path / "found", 4) == checkpoint_bytes(tmp_path / "told", 4)
 
 

@@ -122,7 +122,8 @@ def test_state_json_is_readable_and_names_every_file(tmp_path, trained):
     text = (folder / "state.json").read_text("utf-8")
     assert "한글" in text and text.count("\n") > 10
     state = read_state(folder)
-    assert state == json.loads(text)
+    written = json.loads(text)
+    assert written.pop("hash") and written == state
     assert state["step"] == 3 and state["arguments"] == ARGUMENTS
     assert state["position"] == {"epoch": 1, "window": 2, "batch": 3, "step_in_epoch": 4}
     assert state["versions"].keys() == {"torch", "transformers", "accelerate"}
@@ -157,6 +158,16 @@ def test_a_damaged_file_is_named(tmp_path, trained, name, damage):
     with pytest.raises(UserError) as caught:
         verify(folder)
     assert str(path) in str(caught.value)
+
+
+def test_a_changed_state_is_named(tmp_path, trained):
+    """As a damaged disk leaves it: still readable, with another number, or without the hashes of the files."""
+    folder = saved(tmp_path / "step-00000003", trained())
+    written = json.loads((folder / "state.json").read_text("utf-8"))
+    for change in ({"step": 2}, {"files": {}}, {"position": {**written["position"], "batch": 4}}):
+        (folder / "state.json").write_text(json.dumps({**written, **change}), "utf-8")
+        with pytest.raises(UserError, match=r"state.json: damaged \(ValueError: not what was written\)"):
+            verify(folder)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"step": 3, "files": 1}', "\xff"])

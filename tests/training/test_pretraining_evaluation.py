@@ -29,6 +29,11 @@ class Stub(nn.Module):
         return output
 
 
+def counting(batches):
+    """As from `evaluation_batches`, with one at the end that another rank has counted."""
+    return [*((batch, True) for batch in batches), (batches[0], False)]
+
+
 def logits(rows):
     """Rows of probabilities as logits."""
     return torch.tensor(rows).log()
@@ -54,7 +59,7 @@ def test_metrics_of_sentence_order_by_hand():
         ),
         PreTrainingOutput(prediction_logits=logits([[0.1, 0.1, 0.8]]), sop_logits=torch.tensor([[0.0, 1.0]])),
     ]
-    metrics = evaluate_pretraining(Stub(outputs, "sop"), batches, Accelerator(cpu=True), UNIGRAM)
+    metrics = evaluate_pretraining(Stub(outputs, "sop"), counting(batches), Accelerator(cpu=True), UNIGRAM)
     loss = -(math.log(0.8) + math.log(0.25) + math.log(0.6) + math.log(0.8)) / 4
     assert metrics == pytest.approx(
         {
@@ -95,7 +100,7 @@ def test_metrics_of_the_inverse_cloze_task_by_hand():
             context_embeddings=torch.tensor([[1.0, 1.0]]),
         ),
     ]
-    metrics = evaluate_pretraining(Stub(outputs, "ict"), batches, Accelerator(cpu=True), UNIGRAM)
+    metrics = evaluate_pretraining(Stub(outputs, "ict"), counting(batches), Accelerator(cpu=True), UNIGRAM)
     loss = -(math.log(0.8) + math.log(0.25)) / 2
     assert metrics == pytest.approx(
         {
@@ -119,7 +124,7 @@ def test_evaluation_does_not_depend_on_the_batches(make_model, make_rows):
             batches.append(make_rows("ICT", range(first, first + size)))
             first += size
         unigram = unigram_log_probabilities(np.arange(40))
-        found.append(evaluate_pretraining(model, batches, Accelerator(cpu=True), unigram))
+        found.append(evaluate_pretraining(model, counting(batches), Accelerator(cpu=True), unigram))
     assert found[0] == pytest.approx(found[1], rel=1e-5)
     assert found[0]["examples"] == 12
 
@@ -131,7 +136,7 @@ def test_a_hopeless_model_has_a_finite_perplexity():
         "sentence_order_label": torch.tensor([0]),
     }
     output = PreTrainingOutput(prediction_logits=torch.tensor([[-1e5, 0, 0]]), sop_logits=torch.zeros(1, 2))
-    metrics = evaluate_pretraining(Stub([output], "sop"), [batch], Accelerator(cpu=True), UNIGRAM)
+    metrics = evaluate_pretraining(Stub([output], "sop"), counting([batch]), Accelerator(cpu=True), UNIGRAM)
     assert math.isfinite(metrics["perplexity"]) and metrics["mlm_loss"] == pytest.approx(1e5, rel=1e-4)
 
 
