@@ -138,8 +138,9 @@ def main():
         longest = training[0, int(np.argmax(training.lengths))]
         return collate([longest] * rows, tokenizer.pad_token_id)
 
-    metrics = train(model, OBJECTIVES[arguments.task], batches, arguments, accelerator, evaluate, longest_batch)
-    finish_run(tokenizer, metrics, arguments, accelerator)
+    last = train(model, OBJECTIVES[arguments.task], batches, arguments, accelerator, evaluate, longest_batch)
+    finish_run(tokenizer, last, arguments, accelerator)
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

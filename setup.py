@@ -17,7 +17,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["mixlm", "mixlm.*"]),
-    package_data={"mixlm": ["configs/*.json", "sample/*.dat"]},
+    package_data={"mixlm": ["configs/*.json", "sample/*.dat", "sample/*.json"]},
     install_requires=[
         "torch>=2.6",
         "transformers>=5.23,<6",

@@ -16,13 +16,12 @@ What happens to text before it is cut, and what does not:
   cut into the tokens of its own code points.
 """
 
-import json
 import math
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import islice
 from os import PathLike
 from pathlib import Path
 
@@ -31,6 +30,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from .data.squad import Answer, SkippedAnswer, read_squad
 from .errors import UserError, one_line
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -254,12 +254,12 @@ def _split_particle(word: str) -> tuple[str, str]:
     """Cut the longest particle off a word that has one and is at least two characters long without it."""
     for length in range(min(LONGEST_PARTICLE, len(word) - 2), 0, -1):
         stem, particle = word[:-length], word[-length:]
-        if particle in PARTICLES and _final_consonant(stem[-1]) in PARTICLES[particle]:
+        if particle in PARTICLES and final_consonant(stem[-1]) in PARTICLES[particle]:
             return stem, particle
     return word, ""
 
 
-def _final_consonant(character: str) -> str | None:
+def final_consonant(character: str) -> str | None:
     """How a syllable ends as far as particles care: "vowel", "ㄹ", "consonant"; "foreign" for another script."""
     if "가" <= character <= "힣":
         # The code points of 28 syllables in a row differ in their final consonant alone: the first has none.
@@ -406,7 +406,7 @@ class TokenizerReport:
         tokens: tokens, without [CLS] and [SEP].
         unknown_tokens: how many of them are [UNK].
         answers: distinct (question, answer) pairs of the reading data, without the misplaced ones.
-        misplaced_answers: pairs whose text does not stand at their offset.
+        misplaced_answers: pairs whose text is neither at their offset nor to be found from there.
         answers_on_token_borders: answers that begin where a token begins and end where a token ends.
     """
 
@@ -454,13 +454,14 @@ def tokenizer_report(
     Args:
         tokenizer: any fast tokenizer.
         sentences: the text to count; read once, not kept.
-        squad_files: SQuAD-style JSON files. Contexts are tokenized whole, whatever the longest input of a model.
+        squad_files: SQuAD-style files, each as `read_squad` takes it. Contexts are tokenized whole, whatever the
+            longest input of a model.
 
     Returns:
         The counts.
 
     Raises:
-        UserError: a file that cannot be read or is not SQuAD-style JSON.
+        UserError: as `read_squad`.
     """
     # A copy, because the tokenizer's own truncation and padding are switched off.
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
@@ -480,26 +481,23 @@ def tokenizer_report(
                 unknown_tokens += encoding.ids.count(tokenizer.unk_token_id)
             progress.update(len(batch))
 
-    answers = misplaced = on_borders = 0
-    seen: set[tuple[str, int, str]] = set()
-    paragraphs = chain.from_iterable(map(_read_squad, squad_files or ()))
+    answers_of: dict[str, set[tuple[str, Answer]]] = defaultdict(set)  # of a context: question ids and answers
+    misplaced: set[SkippedAnswer] = set()
+    for file in squad_files or ():
+        data = read_squad(file)  # one by one, because here a file may be given twice
+        misplaced.update(data.skipped)
+        for example in data.examples:
+            answers_of[example.context].update((example.id, answer) for answer in example.answers)
+
+    answers = on_borders = 0
     with tqdm(desc="contexts", unit=" contexts", delay=2, disable=None) as progress:
-        for batch in _batches(paragraphs):
+        for batch in _batches(answers_of.items()):
             encodings = backend.encode_batch([context for context, _ in batch], add_special_tokens=False)
-            for (context, golds), encoding in zip(batch, encodings, strict=True):
+            for (_, golds), encoding in zip(batch, encodings, strict=True):
                 starts = {start for start, _ in encoding.offsets}
                 ends = {end for _, end in encoding.offsets}
-                for gold in golds:
-                    if gold in seen:
-                        continue
-                    seen.add(gold)
-                    _, start, text = gold
-                    end = start + len(text)
-                    if start < 0 or context[start:end] != text:
-                        misplaced += 1
-                        continue
-                    answers += 1
-                    on_borders += start in starts and end in ends
+                answers += len(golds)
+                on_borders += sum(answer.start in starts and answer.end in ends for _, answer in golds)
             progress.update(len(batch))
     return TokenizerReport(
         sentences=sentence_count,
@@ -508,7 +506,7 @@ def tokenizer_report(
         tokens=tokens,
         unknown_tokens=unknown_tokens,
         answers=answers,
-        misplaced_answers=misplaced,
+        misplaced_answers=len(misplaced),
         answers_on_token_borders=on_borders,
     )
 
@@ -517,39 +515,3 @@ def _batches(items: Iterable) -> Iterator[list]:
     iterator = iter(items)
     while batch := list(islice(iterator, ENCODE_BATCH)):
         yield batch
-
-
-def _read_squad(file: str | PathLike) -> Iterator[tuple[str, list[tuple[str, int, str]]]]:
-    """Each context of a SQuAD-style file with its answers as (question id, start, text)."""
-    path = Path(file)
-    try:
-        articles = _typed(list, json.loads(_read_utf8(path))["data"])
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}: not JSON: {error.msg}") from error
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path}: no list 'data' at the top; a SQuAD-style file is wanted") from error
-    for number, article in enumerate(articles, start=1):
-        try:
-            paragraphs = [
-                (
-                    _typed(str, paragraph["context"]),
-                    [
-                        (str(question["id"]), _typed(int, answer["answer_start"]), _typed(str, answer["text"]))
-                        for question in paragraph["qas"]
-                        for answer in question.get("answers", [])
-                    ],
-                )
-                for paragraph in article["paragraphs"]
-            ]
-        except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"{path}: article {number} is not SQuAD-style ({type(error).__name__}: {error}); wanted: paragraphs "
-                "with 'context' and 'qas', questions with 'id' and 'answers', answers with 'answer_start' and 'text'"
-            ) from error
-        yield from paragraphs
-
-
-def _typed(kind: type, value):
-    if not isinstance(value, kind):
-        raise TypeError(f"{value!r:.40} where {kind.__name__} is wanted")
-    return value

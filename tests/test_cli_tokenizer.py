@@ -127,7 +127,7 @@ class TestReport:
     @pytest.fixture
     def squad(self, tmp_path) -> str:
         answers = [{"answer_start": 3, "text": "학교에"}, {"answer_start": 4, "text": "교"}]
-        paragraph = {"context": "나는 학교에 간다.", "qas": [{"id": "q", "answers": answers}]}
+        paragraph = {"context": "나는 학교에 간다.", "qas": [{"id": "q", "question": "?", "answers": answers}]}
         file = tmp_path / "dev.json"
         file.write_text(json.dumps({"data": [{"paragraphs": [paragraph]}]}), encoding="utf-8")
         return str(file)

@@ -13,8 +13,9 @@ MODEL_CODE = ("configuration", "heads", "kernels", "modeling_mixlm", "modeling_s
 # Layers, top to bottom; a module imports from its own layer and from lower ones.
 LAYERS = [
     {"cli"},
-    {"profiling"},
-    {"training", "retrieval", "evaluation"},
+    {"profiling", "planning"},
+    {"training", "retrieval"},
+    {"evaluation", "reader"},
     {"data", "tokenization", "conversion"},
     {"files"},
 ]

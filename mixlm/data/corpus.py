@@ -107,7 +107,34 @@ def load_text_dataset(name: str | Path, text_column: str = "text") -> "Dataset":
         UserError: the dataset cannot be loaded, it has several splits and none is called "train", or the column is
             missing or does not hold text.
     """
-    from datasets import Dataset, Value, load_from_disk  # takes a second: only for those who use it
+    from datasets import Value
+
+    splits = load_splits(name)
+    if "train" not in splits and len(splits) > 1:
+        raise UserError(f'dataset {name}: has the splits {", ".join(splits)}; one of them must be called "train"')
+    dataset = splits["train" if "train" in splits else next(iter(splits))]
+
+    if text_column not in dataset.column_names:
+        raise UserError(
+            f'dataset {name}: no column "{text_column}"; choose one of {", ".join(sorted(dataset.column_names))}'
+        )
+    feature = dataset.features[text_column]
+    if not (isinstance(feature, Value) and feature.dtype in ("string", "large_string", "string_view")):
+        raise UserError(f'dataset {name}: column "{text_column}" holds {feature}; choose a column of text')
+    return dataset.select_columns([text_column])
+
+
+def load_splits(name: str | Path) -> dict[str, "Dataset"]:
+    """The splits of a `datasets` dataset by name; one without splits is "train".
+
+    Args:
+        name: a folder written by `save_to_disk`; a local .json, .jsonl, .csv, .parquet or .txt file, or a folder of
+            them; or the name of a dataset on the Hub.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    from datasets import Dataset, load_from_disk  # takes a second: only for those who use it
     from datasets.exceptions import DatasetsError
 
     path = Path(name)
@@ -119,22 +146,7 @@ def load_text_dataset(name: str | Path, text_column: str = "text") -> "Dataset":
             f"dataset {name}: cannot be loaded ({type(error).__name__}: {error}); "
             "give a local file or folder, or a name that the Hub knows while it can be reached"
         ) from error
-
-    if isinstance(loaded, Dataset):
-        dataset = loaded
-    elif "train" in loaded or len(loaded) == 1:
-        dataset = loaded["train" if "train" in loaded else next(iter(loaded))]
-    else:
-        raise UserError(f'dataset {name}: has the splits {", ".join(loaded)}; one of them must be called "train"')
-
-    if text_column not in dataset.column_names:
-        raise UserError(
-            f'dataset {name}: no column "{text_column}"; choose one of {", ".join(sorted(dataset.column_names))}'
-        )
-    feature = dataset.features[text_column]
-    if not (isinstance(feature, Value) and feature.dtype in ("string", "large_string", "string_view")):
-        raise UserError(f'dataset {name}: column "{text_column}" holds {feature}; choose a column of text')
-    return dataset.select_columns([text_column])
+    return {"train": loaded} if isinstance(loaded, Dataset) else dict(loaded)
 
 
 def documents_of_dataset(dataset: "Dataset", name: str | Path, text_column: str) -> Iterator[Document]:

@@ -8,7 +8,7 @@ import sys
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
 from transformers import HfArgumentParser
 
@@ -21,6 +21,9 @@ Arguments = TypeVar("Arguments", bound="TrainingArguments")
 @dataclass
 class TrainingArguments:
     """What every training script takes. Sentinels are said in the help: None = what the help says instead."""
+
+    # The metric of an evaluation by which the best checkpoint is kept. None: the last is the best.
+    best_metric: ClassVar[str | None] = None
 
     # The run and its folder
     model_name: str = field(metadata={"help": "Name of the run; its folder is output_dir/model_name."})
@@ -126,31 +129,18 @@ class TrainingArguments:
     )
 
     def __post_init__(self):
-        if self.scheduler_num_steps is None:
-            self.scheduler_num_steps = self.num_steps
-        for name in (
-            "gradient_accumulation_steps",
-            "num_steps",
-            "logging_steps",
-            "save_total_limit",
-        ):
+        for name in ("gradient_accumulation_steps", "logging_steps", "save_total_limit"):
             self.require(getattr(self, name) >= 1, name, "at least 1")
         for name in ("tokens_per_step", "max_steps_per_epoch", "effective_batch_size"):
             self.require(getattr(self, name) is None or getattr(self, name) >= 1, name, "at least 1")
         for name in ("train_batch_size", "num_workers", "max_grad_norm", "warmup_steps", "save_steps", "eval_steps"):
-            self.require(getattr(self, name) >= 0, name, "at least 0")
+            self.require(getattr(self, name) is None or getattr(self, name) >= 0, name, "at least 0")
         self.require(0 <= self.weight_decay < math.inf, "weight_decay", "at least 0 and finite")
         for name in ("learning_rate", "adam_epsilon"):
             self.require(0 < getattr(self, name) < math.inf, name, "above 0 and finite")
         self.require(0 <= self.seed < 2**32, "seed", "from 0 to 4294967295")
-        self.require(
-            self.scheduler_num_steps >= self.num_steps, "scheduler_num_steps", f"at least num_steps={self.num_steps}"
-        )
-        self.require(
-            self.warmup_steps < self.scheduler_num_steps,
-            "warmup_steps",
-            f"below the {self.scheduler_num_steps} steps of the schedule",
-        )
+        if self.num_steps is not None:
+            self.check_schedule()
         self.require(not (self.fp16 and self.bf16), "fp16", "off when bf16 is on")
         self.require(
             self.train_batch_size > 0 or self.tokens_per_step is None,
@@ -169,13 +159,24 @@ class TrainingArguments:
         if self.zero3:
             self.require(self.zero in (0, 3), "zero", "3 (or left out) with zero3")
             self.zero = 3
-        named_well = self.model_name not in ("", ".", "..") and not set(self.model_name) & set("/\\")
-        self.require(named_well, "model_name", "a plain folder name, without slashes")
+        if self.model_name is not None:
+            named_well = self.model_name not in ("", ".", "..") and not set(self.model_name) & set("/\\")
+            self.require(named_well, "model_name", "a plain folder name, without slashes")
 
     def require(self, allowed: bool, name: str, rule: str) -> None:
         """Raise UserError unless the field's value is allowed."""
         if not allowed:
             raise UserError(f"--{name}={getattr(self, name)!r}: must be {rule}")
+
+    def check_schedule(self) -> None:
+        """Raise UserError unless the steps of training, warm-up and schedule fit together."""
+        if self.scheduler_num_steps is None:
+            self.scheduler_num_steps = self.num_steps
+        self.require(self.num_steps >= 1, "num_steps", "at least 1")
+        enough = f"at least num_steps={self.num_steps}"
+        self.require(self.scheduler_num_steps >= self.num_steps, "scheduler_num_steps", enough)
+        within = f"below the {self.scheduler_num_steps} steps of the schedule"
+        self.require(self.warmup_steps < self.scheduler_num_steps, "warmup_steps", within)
 
     def fit_effective_batch(self, processes: int) -> None:
         """Make gradient_accumulation_steps what effective_batch_size asks for, unless train_batch_size is to be found.
@@ -219,7 +220,7 @@ class TrainingArguments:
     @property
     def run_folder(self) -> Path:
         """output_dir/model_name: checkpoints, curves, results and at the end the model."""
-        return Path(self.output_dir) / self.model_name
+        return Path(self.output_dir) / (self.model_name or "")
 
     def to_dict(self) -> dict[str, Any]:
         """The resolved arguments, as saved beside every checkpoint."""
@@ -349,6 +350,8 @@ def _nearest(name: str, arguments_class: type, dashes: str) -> str:
 
 
 def _has_type(value: Any, annotation: Any) -> bool:
+    if get_origin(annotation) is list:
+        return isinstance(value, list) and all(_has_type(each, *get_args(annotation)) for each in value)
     if get_origin(annotation) is Literal:
         return any(type(value) is type(allowed) and value == allowed for allowed in get_args(annotation))
     if get_args(annotation):  # a union
@@ -361,6 +364,8 @@ def _has_type(value: Any, annotation: Any) -> bool:
 
 
 def _describe(annotation: Any) -> str:
+    if get_origin(annotation) is list:
+        return f"a list of {_describe(*get_args(annotation))}"
     if get_origin(annotation) is Literal:
         return " or ".join(map(repr, get_args(annotation)))
     if get_args(annotation):

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -36,17 +36,26 @@ OPTIMIZER_FILE, STATE_FILE, MODEL_FOLDER = "optimizer.safetensors", "state.json"
 SPARE_BYTES = 16 * 2**20  # for all that is not a tensor
 
 
+class Evaluation(NamedTuple):
+    """What the model after a step is worth: metrics by name."""
+
+    step: int
+    metrics: dict[str, float]
+
+
 @dataclass
 class TrainingState:
     """Where a run is: steps done, the place in the data after them, and the loss scale's state (fp16).
 
-    With `evaluation_due` an evaluation was due after the last step, and the run was stopped before it.
+    With `evaluation_due` an evaluation was due after the last step, and the run was stopped before it. `best` is the
+    best evaluation so far, where the run has a metric that says which is.
     """
 
     step: int
     position: Position
     scaler: dict[str, Any] | None = None
     evaluation_due: bool = False
+    best: Evaluation | None = None
 
 
 def skeleton_of(model: PreTrainedModel) -> PreTrainedModel:
@@ -91,6 +100,7 @@ def save_checkpoint(
             "position": state.position.to_dict(),
             "scaler": state.scaler,
             "evaluation_due": state.evaluation_due,
+            "best": None if state.best is None else state.best._asdict(),
             "arguments": arguments,
             "versions": {name: version(name) for name in ("torch", "transformers", "accelerate")},
             "files": {path.relative_to(partial).as_posix(): _hash(path) for path in files},
@@ -124,8 +134,13 @@ def load_checkpoint(
     model.load_state_dict(weights, strict=False)  # without the tied ones
     moments = safe_open(folder / OPTIMIZER_FILE, framework="pt")
     names = set(moments.keys())
-    position, is_due = Position.from_dict(contents["position"]), contents.get("evaluation_due", False)
-    state = TrainingState(contents["step"], position, contents["scaler"], is_due)
+    state = TrainingState(
+        contents["step"],
+        Position.from_dict(contents["position"]),
+        contents["scaler"],
+        contents["evaluation_due"],
+        None if contents["best"] is None else Evaluation(**contents["best"]),
+    )
     return state, contents["arguments"], lambda name: moments.get_tensor(name) if name in names else None
 
 

@@ -15,6 +15,7 @@ from ..errors import RunStopped, UserError, file_error
 from .arguments import TrainingArguments
 from .batch_size import find_batch_size
 from .checkpoint import (
+    Evaluation,
     TrainingState,
     checkpoint_of,
     checkpoints_in,
@@ -25,7 +26,7 @@ from .checkpoint import (
     step_of,
 )
 from .memory import MemoryMeter
-from .objectives import Batch, PretrainingObjective, Term
+from .objectives import Batch, Objective, Term
 from .optimization import AdamW, learning_rate_factor
 from .precision import LossScale
 from .run import CHECKPOINTS, choose_checkpoint, how_to_go_on, is_of_run, on_main_process, remove_earlier_run
@@ -52,13 +53,13 @@ def changed_arguments(earlier: dict[str, Any], now: dict[str, Any]) -> dict[str,
 
 def train(
     model: nn.Module,
-    objective_class: type[PretrainingObjective],
+    objective_class: type[Objective],
     batches: Callable[[Position], Iterator[tuple[Position, list[Batch]]]],
     arguments: TrainingArguments,
     accelerator: Accelerator,
     evaluate: Callable[[Engine], dict[str, float]],
     longest_batch: Callable[[int], Batch] | None = None,
-) -> dict[str, float]:
+) -> Evaluation:
     """Train for `arguments.num_steps` optimizer steps, from the start or from the checkpoint of `arguments.resume`.
 
     Args:
@@ -74,7 +75,7 @@ def train(
         longest_batch: as many rows as it is asked for, each as long as any of the data; needed to find a batch size.
 
     Returns:
-        the metrics of the last evaluation.
+        the last evaluation, or by `arguments.best_metric` the best: the checkpoint of its step is there.
 
     Raises:
         UserError: the loss or the gradient is no longer a number (earlier checkpoints are kept), or the checkpoint
@@ -95,16 +96,19 @@ def train(
             reason = run.stop_request.reason()
             is_evaluation_due = arguments.eval_steps and run.state.step % arguments.eval_steps == 0
             if is_evaluation_due and not reason:
-                run.evaluate()
+                run.keep_if_best(run.evaluate())
             run.state.evaluation_due = bool(is_evaluation_due and reason)  # it is made when the run goes on
             if reason:
                 run.save(must_succeed=True)
                 raise RunStopped(f"{reason}: stopped after step {run.state.step:,}; {how_to_go_on(arguments)}")
-            if arguments.save_steps and run.state.step % arguments.save_steps == 0:
+            is_save_due = arguments.save_steps and run.state.step % arguments.save_steps == 0
+            if is_save_due and run.saved_step != run.state.step:
                 run.save(must_succeed=False)
         if run.saved_step != run.state.step:
             run.save(must_succeed=True)
-    return run.evaluate()
+    last = run.evaluate()
+    run.keep_if_best(last)
+    return run.state.best or last
 
 
 class _Run:
@@ -113,7 +117,7 @@ class _Run:
     def __init__(
         self,
         model: nn.Module,
-        objective_class: type[PretrainingObjective],
+        objective_class: type[Objective],
         arguments: TrainingArguments,
         accelerator: Accelerator,
         evaluate: Callable[[Engine], dict[str, float]],
@@ -152,12 +156,14 @@ class _Run:
             on_main_process(self.accelerator, lambda: remove_earlier_run(self.arguments.run_folder))
         # The checkpoints that lead here. When a run goes back to an earlier one, those after it are not among them.
         self.ancestors = [path for path in checkpoints_in(self.checkpoints) if step_of(path) <= self.state.step]
+        if self.state.best and checkpoint_of(self.checkpoints, self.state.best.step) not in self.ancestors:
+            self.state.best = None  # of another run, or deleted since
         # What an interrupted run has logged after its checkpoint is logged again.
         purge = {"tensorboard": {"purge_step": self.state.step + 1}}
         self.accelerator.init_trackers("tensorboard", init_kwargs=purge)
         self.progress = Progress(self.accelerator, self.arguments.num_steps, self.state.step)
         if self.state.evaluation_due:
-            self.evaluate()
+            self.keep_if_best(self.evaluate())
 
     def _announce(self, checkpoint: Path, earlier_arguments: dict[str, Any]) -> None:
         self.accelerator.print(f"going on from {checkpoint} (step {self.state.step:,})")
@@ -291,17 +297,32 @@ class _Run:
                 f"--learning_rate, or --bf16; {how_to_go_on(self.arguments)}"
             )
 
-    def evaluate(self) -> dict[str, float]:
+    def evaluate(self) -> Evaluation:
         """Evaluate and log."""
         self.engine.eval()
         metrics = self.evaluate_engine(self.engine)
         self.engine.train()
         self.accelerator.log({f"eval/{name}": value for name, value in metrics.items()}, step=self.state.step)
         self.progress.pause()
-        return metrics
+        return Evaluation(self.state.step, metrics)
 
-    def save(self, must_succeed: bool) -> None:
-        """Write a checkpoint, and delete older ones. A run goes on when one in its middle cannot be written."""
+    def keep_if_best(self, found: Evaluation) -> None:
+        """Where a metric says which model is best, write a checkpoint of one that is better than those before."""
+        name, before = self.arguments.best_metric, self.state.best
+        if name is None or (before is not None and found.metrics[name] <= before.metrics[name]):
+            return
+        self.state.best = found
+        if self.saved_step != self.state.step and not self.save(must_succeed=False):
+            self.state.best = before
+
+    def save(self, must_succeed: bool) -> bool:
+        """Write a checkpoint, and delete older ones but for the best.
+
+        A run goes on when a checkpoint in its middle cannot be written.
+
+        Returns:
+            whether it was written.
+        """
         self.state.scaler = None if self.loss_scale is None else self.loss_scale.state_dict()
         is_main = self.accelerator.is_main_process
         # Every rank takes part in putting a tensor together, and one writes it down.
@@ -311,7 +332,7 @@ class _Run:
         )
         target = checkpoint_of(self.checkpoints, self.state.step)
 
-        def write() -> None:
+        def write() -> bool:
             try:
                 save_checkpoint(target, self.skeleton, parameters, moments, self.state, self.resolved)
             except OSError as error:
@@ -319,17 +340,20 @@ class _Run:
                 if must_succeed:
                     raise UserError(f"{message}; {how_to_go_on(self.arguments)}") from error
                 self.progress.write(f"{message}; training goes on, and the next checkpoint is due as usual")
-                return
+                return False
             if target not in self.ancestors:
                 self.ancestors.append(target)
             try:
-                prune(self.checkpoints, self.ancestors[-self.arguments.save_total_limit :])
+                best = [] if self.state.best is None else [checkpoint_of(self.checkpoints, self.state.best.step)]
+                prune(self.checkpoints, [*self.ancestors[-self.arguments.save_total_limit :], *best])
             except OSError as error:
                 self.progress.write(f"{file_error(error)}: an older checkpoint cannot be deleted; training goes on")
+            return True
 
-        on_main_process(self.accelerator, write)
+        is_written = on_main_process(self.accelerator, write)
         self.saved_step = self.state.step
         self.progress.pause()
+        return is_written
 
 
 def _seed_dropout(seed: int, step: int, rank: int) -> None:

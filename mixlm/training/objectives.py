@@ -52,8 +52,8 @@ class RetrievalGradients(NamedTuple):
     contexts: Tensor
 
 
-class PretrainingObjective(ABC):
-    """MLM and a second loss. A subclass says what its losses weigh and how the second one is computed.
+class Objective(ABC):
+    """A subclass says which losses there are, what each weighs in a micro-batch, and how they are computed.
 
     Args:
         accelerator: the process group.
@@ -66,7 +66,7 @@ class PretrainingObjective(ABC):
 
     @abstractmethod
     def weights(self, batch: Batch) -> dict[str, int]:
-        """What each loss of a micro-batch weighs: MLM masked tokens, the others rows."""
+        """What each loss of a micro-batch weighs: MLM masked tokens, all others rows."""
 
     @abstractmethod
     def loss(self, batch: Batch, number: int, step: Step) -> tuple[Tensor, dict[str, Term]]:
@@ -107,11 +107,11 @@ class PretrainingObjective(ABC):
         return {**shares, "dropped_share": Term(dropped, tokens)}
 
 
-class SentenceOrderObjective(PretrainingObjective):
+class SentenceOrderObjective(Objective):
     """MLM and sentence order."""
 
     def weights(self, batch: Batch) -> dict[str, int]:
-        """As in `PretrainingObjective.weights`; a row of one sentence has no order."""
+        """As in `Objective.weights`; a row of one sentence has no order."""
         return {
             "mlm": int((batch["labels"] != IGNORE).sum()),
             "sop": int((batch["sentence_order_label"] != IGNORE).sum()),
@@ -119,14 +119,14 @@ class SentenceOrderObjective(PretrainingObjective):
         }
 
     def loss(self, batch: Batch, number: int, step: Step) -> tuple[Tensor, dict[str, Term]]:
-        """As in `PretrainingObjective.loss`."""
+        """As in `Objective.loss`."""
         outputs = self._forward(batch)
         losses = {"mlm": outputs.mlm_loss, "sop": outputs.sop_loss, "aux": outputs.aux_loss}
         terms = self._terms(losses, step.weights[number])
         return self._share(terms, step), {**terms, **self._routing_terms(outputs, batch)}
 
 
-class InverseClozeObjective(PretrainingObjective):
+class InverseClozeObjective(Objective):
     """MLM and ICT, whose negatives are the global batch: all micro-batches of all ranks.
 
     With several micro-batches the embeddings are computed twice (gradient caching, arXiv:2101.06983): first without
@@ -135,7 +135,7 @@ class InverseClozeObjective(PretrainingObjective):
     """
 
     def weights(self, batch: Batch) -> dict[str, int]:
-        """As in `PretrainingObjective.weights`; the masked tokens are those of query and context."""
+        """As in `Objective.weights`; the masked tokens are those of query and context."""
         masked = int((batch["labels"] != IGNORE).sum() + (batch["context_labels"] != IGNORE).sum())
         return {"mlm": masked, "ict": len(batch["input_ids"]), "aux": len(batch["input_ids"])}
 
@@ -159,7 +159,7 @@ class InverseClozeObjective(PretrainingObjective):
         return step
 
     def loss(self, batch: Batch, number: int, step: Step) -> tuple[Tensor, dict[str, Term]]:
-        """As in `PretrainingObjective.loss`."""
+        """As in `Objective.loss`."""
         if step.random_states:
             _set_random_state(step.random_states[number], self.accelerator.device)
         outputs = self._forward(batch)
@@ -186,6 +186,22 @@ class InverseClozeObjective(PretrainingObjective):
             by_queries, by_contexts = torch.autograd.grad(loss, (all_queries, all_contexts))
         own = slice(first, first + len(queries))
         return RetrievalGradients(loss.detach(), by_queries[own], by_contexts[own])
+
+
+class ReadingObjective(Objective):
+    """The first and the last token of an answer; where a window has none, both are the first token of the window."""
+
+    def weights(self, batch: Batch) -> dict[str, int]:
+        """As in `Objective.weights`."""
+        return {"reading": len(batch["input_ids"]), "aux": len(batch["input_ids"])}
+
+    def loss(self, batch: Batch, number: int, step: Step) -> tuple[Tensor, dict[str, Term]]:
+        """As in `Objective.loss`."""
+        outputs = self._forward({name: tensor for name, tensor in batch.items() if name != "window"})
+        aux_loss = getattr(outputs, "aux_loss", None)  # models of other libraries are trained too
+        reading_loss = outputs.loss if aux_loss is None else outputs.loss - aux_loss
+        terms = self._terms({"reading": reading_loss, "aux": aux_loss}, step.weights[number])
+        return self._share(terms, step), {**terms, **self._routing_terms(outputs, batch)}
 
 
 def _without_labels(batch: Batch) -> Batch:

@@ -11,6 +11,8 @@ PANELS = (
     ("masked tokens: loss (nats)", ("train/mlm_loss", "eval/mlm_loss", "eval/unigram_loss")),
     ("total loss (nats)", ("train/loss",)),
     ("second objective: loss (nats)", ("train/sop_loss", "train/ict_loss")),
+    ("reading: loss (nats)", ("train/reading_loss",)),
+    ("reading: held-out EM and F1 (%)", ("eval/exact_match", "eval/f1")),
     ("held-out accuracy", ("eval/mlm_accuracy", "eval/sop_accuracy", "eval/ict_recall@1")),
     ("learning rate", ("train/lr",)),
     ("gradient norm", ("train/grad_norm",)),

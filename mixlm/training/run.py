@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -17,7 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 from ..errors import UserError, file_error
 from ..files import whole_folder
 from .arguments import TrainingArguments
-from .checkpoint import MODEL_FOLDER, checkpoint_of, checkpoints_in, prune, read_state, verify
+from .checkpoint import MODEL_FOLDER, Evaluation, checkpoint_of, checkpoints_in, prune, read_state, verify
 from .launch import start_missing_processes
 
 # What a finished run has put into its folder, and what a new one in its place removes. The configuration comes last:
@@ -59,19 +60,25 @@ def prepare_run(arguments: TrainingArguments) -> Accelerator:
     return accelerator
 
 
-def on_main_process(accelerator: Accelerator, action: Callable[[], object]) -> None:
-    """Let the main process do something while the others wait; what a user can mend is a UserError on all of them."""
-    message: list[str | None] = [None]
+def on_main_process(accelerator: Accelerator, action: Callable[[], Any]) -> Any:
+    """Let the main process do something while the others wait; returns on all of them what it returns there.
+
+    Raises:
+        UserError: on all of them, what went wrong there and a user can mend.
+    """
+    outcome: list[Any] = [None, None]  # what is returned, and what went wrong
     if accelerator.is_main_process:
         try:
-            action()
+            outcome[0] = action()
         except UserError as error:
-            message = [str(error)]
+            outcome[1] = str(error)
         except OSError as error:
-            message = [file_error(error)]
-    broadcast_object_list(message)
-    if message[0] is not None:
-        raise UserError(message[0])
+            outcome[1] = file_error(error)
+    broadcast_object_list(outcome)
+    result, message = outcome
+    if message is not None:
+        raise UserError(message)
+    return result
 
 
 def _claim(folder: Path, arguments: TrainingArguments) -> None:
@@ -124,15 +131,13 @@ def choose_checkpoint(arguments: TrainingArguments, accelerator: Accelerator) ->
     Raises:
         UserError: the named one is damaged, or all of the run's are.
     """
-    chosen: list[Path | None] = [None]
 
-    def choose() -> None:
+    def choose() -> Path | None:
         if arguments.resume == "never":
-            return
+            return None
         if arguments.resume != "auto":
             verify(Path(arguments.resume))
-            chosen[0] = Path(arguments.resume)
-            return
+            return Path(arguments.resume)
         found = checkpoints_in(arguments.run_folder / CHECKPOINTS)
         for path in reversed(found):
             try:
@@ -140,17 +145,15 @@ def choose_checkpoint(arguments: TrainingArguments, accelerator: Accelerator) ->
             except UserError as error:
                 print(f"passed over: {error}")
             else:
-                chosen[0] = path
-                return
+                return path
         if found:
             raise UserError(
                 f"--resume auto: every checkpoint in {arguments.run_folder / CHECKPOINTS} is damaged; start again "
                 "with --resume never --overwrite_output_dir"
             )
+        return None
 
-    on_main_process(accelerator, choose)
-    broadcast_object_list(chosen)
-    return chosen[0]
+    return on_main_process(accelerator, choose)
 
 
 def how_to_go_on(arguments: TrainingArguments) -> str:
@@ -177,21 +180,21 @@ def remove_earlier_run(folder: Path) -> None:
 
 def finish_run(
     tokenizer: PreTrainedTokenizerBase,
-    metrics: dict[str, float],
+    chosen: Evaluation,
     arguments: TrainingArguments,
     accelerator: Accelerator,
 ) -> None:
-    """Put the last checkpoint's model, the tokenizer and eval_results.json into the run's folder, and end the process
-    group."""
+    """Put the model of the checkpoint that `train` has chosen, the tokenizer and eval_results.json into the run's
+    folder."""
     folder = arguments.run_folder
 
     def write() -> None:
         try:
             with whole_folder(folder / FINAL_FOLDER) as partial:
-                last = checkpoint_of(folder / CHECKPOINTS, arguments.num_steps)
-                shutil.copytree(last / MODEL_FOLDER, partial, dirs_exist_ok=True)
+                checkpoint = checkpoint_of(folder / CHECKPOINTS, chosen.step)
+                shutil.copytree(checkpoint / MODEL_FOLDER, partial, dirs_exist_ok=True)
                 tokenizer.save_pretrained(partial)
-                results = {f"eval/{name}": value for name, value in metrics.items()}
+                results = {f"eval/{name}": value for name, value in chosen.metrics.items()}
                 (partial / RESULTS_FILE).write_text(json.dumps(results, indent=2) + "\n", "utf-8")
             written = list((folder / FINAL_FOLDER).iterdir())
             for path in sorted(written, key=lambda path: path.name == CONFIGURATION_FILE):
@@ -201,9 +204,8 @@ def finish_run(
             raise UserError(
                 f"{file_error(error)}; the model is in {folder / CHECKPOINTS}: make room, then --resume auto"
             ) from error
-        for name, value in metrics.items():
+        for name, value in chosen.metrics.items():
             print(f"  {name:>16}  {value:,.4f}")
         print(f"model, tokenizer and results are in {folder}; draw its curves with: mixlm report {folder}")
 
     on_main_process(accelerator, write)
-    accelerator.end_training()

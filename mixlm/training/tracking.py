@@ -62,7 +62,7 @@ class Progress:
         own = torch.tensor(rows, dtype=torch.float32, device=self.accelerator.device)
         *means, (tokens, _) = self.accelerator.reduce(own, "sum").tolist()
         values = {name: total / max(weight, 1) for name, (total, weight) in zip(names, means, strict=True)}
-        losses = {f"{name}_loss": values.pop(name) for name in ("mlm", "sop", "ict") if name in values}
+        losses = {f"{name}_loss": values.pop(name) for name in ("mlm", "sop", "ict", "reading") if name in values}
         losses["aux_loss"] = values.pop("aux", 0.0)
         scalars = {
             "loss": sum(losses.values()),

@@ -1,10 +1,11 @@
-"""The models, rows and runs of `small_runs` as fixtures."""
+"""The models, rows and runs of `small_runs` as fixtures, and several ranks to run them on."""
 
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from ranks import Ranks
 from small_runs import Rows, build_arguments, build_model, reset_accelerate, run_small
 from tensorboard.summary.writer import event_file_writer
 
@@ -63,3 +64,19 @@ def checkpoint_folder():
         return arguments.run_folder / "checkpoints" / f"step-{step:08d}"
 
     return folder
+
+
+@pytest.fixture(scope="session")
+def two_ranks():
+    """(function, *arguments) -> what each of two ranks returns. They are started with the first call."""
+    ranks = Ranks(2)
+    yield ranks
+    ranks.stop()
+
+
+@pytest.fixture(scope="session")
+def four_ranks():
+    """As `two_ranks`."""
+    ranks = Ranks(4)
+    yield ranks
+    ranks.stop()

@@ -13,7 +13,10 @@ import time
 from pathlib import Path
 
 import torch
+import torch.utils.tensorboard  # noqa: F401 - as the next: loaded here, and not by each rank
 from small_runs import build_arguments, run_small
+
+import mixlm.training.sharding.torch_engines  # noqa: F401
 
 RANKS = 2
 # What Python does with files, as its audit hooks tell. safetensors writes in Rust: only its end is seen.

@@ -1,7 +1,11 @@
-"""Tiny models, synthetic rows and short runs, for which no tokenizer and no corpus is needed.
+"""Tiny models, synthetic rows and short runs, for which no tokenizer and no corpus is needed, and what runs leave.
 
 Importable by the ranks of tests with several processes; conftest makes fixtures of it.
 """
+
+import math
+import os
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,8 +16,10 @@ from torch.utils.data import Dataset
 import mixlm
 from mixlm.data.batching import LengthBucketedBatches, collate, training_batches
 from mixlm.training.arguments import TrainingArguments
+from mixlm.training.checkpoint import checkpoints_in, read_state
 from mixlm.training.loop import train
 from mixlm.training.objectives import InverseClozeObjective, SentenceOrderObjective
+from mixlm.training.report import Curves, read_curves
 from mixlm.training.run import prepare_run
 
 VOCABULARY = 40
@@ -145,3 +151,58 @@ def run_small(
     if accelerator.num_processes == 1:  # the ranks of a test keep their process group
         accelerator.end_training()
     return model
+
+
+class CountsSteps(SentenceOrderObjective):
+    """`done` is the number of the step in this process, from 1, skipped ones included."""
+
+    done = 0
+
+    def begin_step(self, micro_batches):
+        self.done += 1
+        self.at_step(self.done)
+        return super().begin_step(micro_batches)
+
+    def at_step(self, number: int) -> None:
+        """For a subclass that does something before a step."""
+
+
+class NotANumberAt(CountsSteps):
+    """The loss is NaN from the step `step` on."""
+
+    step = 4
+
+    def loss(self, batch, number, step):
+        share, terms = super().loss(batch, number, step)
+        return (share * math.nan if self.done >= self.step else share), terms
+
+
+def signalled_at(step: int, *numbers: int) -> type[CountsSteps]:
+    """An objective that sends signals to its own process before a step."""
+
+    class Signalled(CountsSteps):
+        def at_step(self, number):
+            if number == step:
+                for each in numbers:
+                    os.kill(os.getpid(), each)
+
+    return Signalled
+
+
+def checkpoint_names(run_folder: Path) -> list[str]:
+    return [path.name for path in checkpoints_in(run_folder / "checkpoints")]
+
+
+def curves_without_speed(run_folder: Path) -> Curves:
+    """All that two equal runs have in common."""
+    curves = read_curves(run_folder)
+    curves.pop("train/tokens_per_second")
+    return curves
+
+
+def assert_same_checkpoint(found: Path, expected: Path) -> None:
+    """All numbers of two checkpoint folders are the same to the bit."""
+    for file in ("model/model.safetensors", "optimizer.safetensors"):
+        assert (found / file).read_bytes() == (expected / file).read_bytes(), file
+    for name in ("step", "position", "scaler"):
+        assert read_state(found)[name] == read_state(expected)[name], name

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from ranks import Ranks
 from safetensors.torch import load_file
 from small_runs import build_arguments, reset_accelerate, run_small
 
@@ -19,23 +18,24 @@ ENGINES = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 EPSILON = 1e-3
 
 
-@pytest.fixture(scope="module")
-def two_ranks():
-    ranks = Ranks(2)
-    yield ranks
-    ranks.stop()
-
-
-@pytest.fixture(scope="module")
-def four_ranks():
-    ranks = Ranks(4)
-    yield ranks
-    ranks.stop()
-
-
 def train_on_a_rank(output_dir: str, arguments: dict, run: dict) -> None:
     """What each rank does; also called in the test's own process, as the one rank that there is."""
     run_small(build_arguments(output_dir, adam_epsilon=EPSILON, **arguments), **run)
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    """(arguments, run) -> the folder of that run on one process, which is made once for all engines."""
+    folders = {}
+
+    def train(arguments: dict, run: dict) -> Path:
+        key = repr((arguments, run))
+        if key not in folders:
+            folders[key] = tmp_path_factory.mktemp("one-process")
+            train_on_a_rank(str(folders[key]), arguments, run)
+        return folders[key]
+
+    return train
 
 
 def wait_for_the_next_second() -> None:
@@ -71,67 +71,80 @@ def assert_same_bits(found: dict[str, torch.Tensor], expected: dict[str, torch.T
     ("family", "task", "fields"),
     [
         ("mixlm", "SOP", {"num_hidden_layers": 6, "layer_group": 3, "shared_parameters": "all"}),
-        ("switch", "ICT", {"num_hidden_layers": 4, "layer_group": 2, "shared_parameters": "ffn"}),
+        ("switch", "ICT", {"num_hidden_layers": 2, "layer_group": 2, "shared_parameters": "ffn"}),
+        pytest.param(
+            *("switch", "ICT", {"num_hidden_layers": 4, "layer_group": 2, "shared_parameters": "ffn"}),
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             *("mixlm", "ICT", {"num_hidden_layers": 4, "layer_group": 2, "shared_parameters": "ffn"}),
             marks=pytest.mark.slow,
         ),
         pytest.param("switch", "SOP", {"ln_pos": 1}, marks=pytest.mark.slow),
     ],
-    ids=["mixlm-sop-all", "switch-ict-ffn", "mixlm-ict-ffn", "switch-sop"],
+    ids=["mixlm-sop-all", "switch-ict-ffn", "switch-ict-ffn-4", "mixlm-ict-ffn", "switch-sop"],
 )
 @ENGINES
-def test_every_engine_follows_one_process(tmp_path, two_ranks, case, family, task, fields):
+def test_every_engine_follows_one_process(tmp_path, one_process, two_ranks, case, family, task, fields):
     """Two ranks of two micro-batches: sums and weights, the negatives of ICT, clipping and decay are global."""
     run = {"family": family, "task": task, "dropout_prob": 0.0, **fields}
-    arguments = {"num_steps": 4, "max_grad_norm": 0.5, "weight_decay": 0.1}
-    train_on_a_rank(str(tmp_path / "one"), arguments, run)
-    two_ranks(train_on_a_rank, str(tmp_path / "two"), {**arguments, **case._asdict()}, run)
+    arguments = {"num_steps": 3, "max_grad_norm": 0.5, "weight_decay": 0.1}
+    expected = one_process(arguments, run)
+    two_ranks(train_on_a_rank, str(tmp_path), {**arguments, **case._asdict()}, run)
     for name in ("train/loss", "train/grad_norm"):
-        np.testing.assert_allclose(curve(tmp_path / "two", name), curve(tmp_path / "one", name), rtol=2e-5)
-    assert curve(tmp_path / "one", "train/grad_norm").min() > 0.5  # so every step was clipped
-    assert_close(checkpoint(tmp_path / "two", 4), checkpoint(tmp_path / "one", 4), rtol=1e-3, atol=2e-6)
+        np.testing.assert_allclose(curve(tmp_path, name), curve(expected, name), rtol=2e-5)
+    assert curve(expected, "train/grad_norm").min() > 0.5  # so every step was clipped
+    assert_close(checkpoint(tmp_path, 3), checkpoint(expected, 3), rtol=1e-3, atol=2e-6)
 
 
-@pytest.mark.parametrize("task", [pytest.param("SOP", marks=pytest.mark.slow), "ICT"])
+def gradient(output_dir: Path) -> dict[str, torch.Tensor]:
+    """After one step AdamW's first moment is a tenth of the gradient."""
+    return {name: 10 * tensor for name, tensor in checkpoint(output_dir, 1).items() if name.startswith("exp_avg/")}
+
+
+def one_step(task: str, dtype: torch.dtype, micro_batches: int) -> tuple[dict, dict]:
+    """What `gradient` is of: the arguments and the run."""
+    arguments = {"num_steps": 1, "max_grad_norm": 0.0, "gradient_accumulation_steps": micro_batches}
+    return arguments, {"task": task, "dropout_prob": 0.0, "dtype": dtype}
+
+
+TASKS = pytest.mark.parametrize("task", [pytest.param("SOP", marks=pytest.mark.slow), "ICT"])
+
+
+@TASKS
+@pytest.mark.parametrize(
+    ("ranks", "micro_batches"),
+    [(2, 2), (4, 1), pytest.param(2, 1, marks=pytest.mark.slow), pytest.param(4, 2, marks=pytest.mark.slow)],
+)
 @ENGINES
-def test_any_split_of_a_step_gives_the_same_gradient(tmp_path, two_ranks, four_ranks, case, task):
-    """After one step AdamW's first moment is a tenth of the gradient. In float64, where the engine can."""
+def test_any_split_of_a_step_gives_the_same_gradient(
+    tmp_path, one_process, two_ranks, four_ranks, case, ranks, micro_batches, task
+):
+    """In float64, where the engine can."""
     dtype = torch.float32 if "fairscale" in case.name and (case.zero == 3 or case.auto_wrap) else torch.float64
-    run = {"task": task, "dropout_prob": 0.0, "dtype": dtype}
-    arguments = {"num_steps": 1, "max_grad_norm": 0.0, **case._asdict()}
-
-    def gradient(name: str, ranks: Ranks | None, micro_batches: int) -> dict[str, torch.Tensor]:
-        where, split = str(tmp_path / name), {**arguments, "gradient_accumulation_steps": micro_batches}
-        if ranks is None:
-            train_on_a_rank(where, split, run)
-        else:
-            ranks(train_on_a_rank, where, split, run)
-        tensors = checkpoint(tmp_path / name, 1)
-        return {each: 10 * tensor for each, tensor in tensors.items() if each.startswith("exp_avg/")}
-
-    whole = gradient("1 x 8", None, 1)
+    whole = gradient(one_process(*one_step(task, dtype, 1)))
     assert all(tensor.dtype == dtype and tensor.abs().max() > 0 for name, tensor in whole.items() if "key" not in name)
-    for name, ranks, micro_batches in (
-        ("4 x 2", None, 4),
-        ("2 ranks x 4", two_ranks, 1),
-        ("2 ranks x 2 x 2", two_ranks, 2),
-        ("4 ranks x 2", four_ranks, 1),
-    ):
-        # Losses are float32 whatever the model.
-        assert_close(gradient(name, ranks, micro_batches), whole, rtol=1e-4, atol=2e-6)
+    arguments, run = one_step(task, dtype, micro_batches)
+    pool = {2: two_ranks, 4: four_ranks}[ranks]
+    pool(train_on_a_rank, str(tmp_path), {**arguments, **case._asdict()}, run)
+    assert_close(gradient(tmp_path), whole, rtol=1e-4, atol=2e-6)  # losses are float32 whatever the model
+
+
+@TASKS
+def test_micro_batches_of_one_process_give_the_same_gradient(one_process, task):
+    whole, split = (gradient(one_process(*one_step(task, torch.float64, micro_batches))) for micro_batches in (1, 4))
+    assert_close(split, whole, rtol=1e-4, atol=2e-6)
 
 
 @ENGINES
 def test_a_resumed_run_equals_one_without_interruption(tmp_path, two_ranks, case):
-    """To the bit, with dropout, and in the middle of an epoch."""
-    arguments = {"save_steps": 2, **case._asdict()}
-    for name, more in (("whole", {"num_steps": 5}), ("parts", {"num_steps": 2, "scheduler_num_steps": 5})):
-        two_ranks(train_on_a_rank, str(tmp_path / name), {**arguments, **more}, {})
-    wait_for_the_next_second()
-    two_ranks(train_on_a_rank, str(tmp_path / "parts"), {**arguments, "num_steps": 5, "resume": "auto"}, {})
-    assert_same_bits(checkpoint(tmp_path / "parts", 5), checkpoint(tmp_path / "whole", 5))
-    assert curve(tmp_path / "parts", "train/loss").tolist() == curve(tmp_path / "whole", "train/loss").tolist()
+    """To the bit, with dropout, and in the middle of an epoch; and a save on the way changes nothing."""
+    arguments = {"num_steps": 5, "save_total_limit": 3, **case._asdict()}
+    two_ranks(train_on_a_rank, str(tmp_path / "whole"), {**arguments, "save_steps": 2}, {})
+    going_on = {"save_steps": 0, "resume": str(tmp_path / "whole/run/checkpoints/step-00000002")}
+    two_ranks(train_on_a_rank, str(tmp_path / "resumed"), {**arguments, **going_on}, {})
+    assert_same_bits(checkpoint(tmp_path / "resumed", 5), checkpoint(tmp_path / "whole", 5))
+    assert curve(tmp_path / "resumed", "train/loss").tolist() == curve(tmp_path / "whole", "train/loss")[2:].tolist()
 
 
 def test_a_checkpoint_goes_on_under_any_other_engine(tmp_path, two_ranks, four_ranks):
@@ -190,7 +203,7 @@ def overflow_on_a_rank(output_dir: str, arguments: dict) -> list[float]:
 
 @ENGINES
 def test_all_ranks_skip_a_step_whose_gradient_overflows_on_one(tmp_path, two_ranks, case):
-    arguments = {"num_steps": 3, "save_steps": 1, "fp16": True, **case._asdict()}
+    arguments = {"num_steps": 3, "fp16": True, **case._asdict()}
     first, second = two_ranks(overflow_on_a_rank, str(tmp_path), arguments)
     assert first == second and np.isfinite(first).all()
     state = json.loads((tmp_path / "run/checkpoints/step-00000003/state.json").read_text())

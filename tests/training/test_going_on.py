@@ -1,18 +1,18 @@
 """Runs that go on from a checkpoint in unusual ways."""
 
 import json
-import os
 import shutil
 import signal
 
 import pytest
 from safetensors.torch import load_file
-from small_runs import OBJECTIVES
+from small_runs import signalled_at
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from mixlm.errors import RunStopped, UserError
 from mixlm.training import loop as loop_module
+from mixlm.training.checkpoint import Evaluation
 from mixlm.training.report import read_curves
 from mixlm.training.run import finish_run, prepare_run
 
@@ -28,7 +28,8 @@ def weights(folder):
 def finish(arguments):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
     accelerator = prepare_run(arguments)
-    finish_run(tokenizer, {"x": 1.0}, arguments, accelerator)
+    finish_run(tokenizer, Evaluation(arguments.num_steps, {"x": 1.0}), arguments, accelerator)
+    accelerator.end_training()
 
 
 def assert_same(found, expected):
@@ -82,25 +83,14 @@ def test_a_checkpoint_of_another_run_and_overwriting_leave_nothing_of_what_was_t
     assert [step for step, _ in read_curves(second.run_folder)["train/loss"]] == [3]
 
 
-class StopsAtTwo(OBJECTIVES["SOP"]):
-    """A SIGTERM comes in the second step."""
-
-    steps = 0
-
-    def begin_step(self, micro_batches):
-        StopsAtTwo.steps += 1
-        if StopsAtTwo.steps == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return super().begin_step(micro_batches)
-
-
 def test_an_evaluation_that_was_due_when_the_run_was_stopped_is_made_when_it_goes_on(make_arguments, run_training):
     common = {"num_steps": 4, "eval_steps": 2}
     evaluated = []
-    StopsAtTwo.steps = 0
     with pytest.raises(RunStopped):
         run_training(
-            make_arguments(**common), objective_class=StopsAtTwo, evaluate=lambda engine: evaluated.append(1) or {}
+            make_arguments(**common),
+            objective_class=signalled_at(2, signal.SIGTERM),
+            evaluate=lambda engine: evaluated.append(1) or {},
         )
     assert evaluated == []
     arguments = make_arguments(**common, resume="auto")

@@ -98,6 +98,7 @@ def test_killed_at_some_instants(nursery, whole, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_killed_at_a_hundred_instants(nursery, whole, tmp_path):
     kill_at_random_instants(nursery, whole, tmp_path, times=100, seed=2)
 
@@ -117,6 +118,7 @@ def test_killed_at_some_file_operations(nursery, whole, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_killed_at_every_file_operation(nursery, whole, tmp_path):
     """Of the first save, of one that takes the place of an older one, and of the last."""
     kill_at_file_events(nursery, whole, tmp_path, range(1, whole(0)[1]["events"] + 1))

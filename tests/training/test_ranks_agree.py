@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from ranks import Ranks
 from small_runs import Rows, build_arguments, build_model, run_small
 
 from mixlm.data.batching import evaluation_batches
@@ -13,13 +12,6 @@ from mixlm.training.evaluation import evaluate_pretraining, unigram_log_probabil
 from mixlm.training.objectives import SentenceOrderObjective
 from mixlm.training.optimization import AdamW
 from mixlm.training.sharding import build_engine, sharding_units, this_rank
-
-
-@pytest.fixture(scope="module")
-def two_ranks():
-    ranks = Ranks(2)
-    yield ranks
-    ranks.stop()
 
 
 class NoNumberOnTheSecondRank(SentenceOrderObjective):

@@ -1,0 +1,150 @@
+#!/usr/bin/env python
+"""Make the runs of a table, several at once, and keep what came of them.
+
+    python benchmarks/learning/study.py tables/masking.jsonl --corpus_path CORPUS
+
+A line of a table is a run for each of its seeds:
+
+    {"name": "masking 30%", "model": "mixlm", "fields": {}, "arguments": {"mlm_probability": 0.3}, "minutes": 4,
+     "seeds": [1, 2, 3]}
+
+`model` is a name in models.py, `fields` are of its configuration, `arguments` of run_pretraining.py, and the budget is
+`minutes` of CPU time, `tokens`, or `steps`. Every run has one thread. Results are lines of results.jsonl; what is there
+already is not made again, and a run that was killed goes on from its last checkpoint.
+"""
+
+import argparse
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from mixlm.data.corpus import read_documents
+from mixlm.errors import UserError, exits_on_user_error
+from mixlm.tokenization import train_tokenizer
+
+FOLDER = Path(__file__).resolve().parent
+RESULTS = FOLDER / "results.jsonl"
+BUDGETS = ("minutes", "tokens", "steps")
+VOCABULARY = 8000
+
+
+def read_table(file: Path) -> list[dict[str, Any]]:
+    """The runs of a table, one for each seed of each line.
+
+    Raises:
+        UserError: a line is not what it should be.
+    """
+    runs = []
+    for number, line in enumerate(file.read_text("utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        where = f"{file}, line {number}"
+        try:
+            fields = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{where}: is not JSON ({error})") from error
+        known = {"name", "model", "fields", "arguments", "seeds", *BUDGETS}
+        if unknown := sorted(set(fields) - known):
+            raise UserError(f"{where}: {unknown[0]!r} is not known; use {', '.join(sorted(known))}")
+        if missing := sorted({"name", "model", "seeds"} - set(fields)):
+            raise UserError(f"{where}: {missing[0]!r} is missing")
+        if len(set(fields) & set(BUDGETS)) != 1:
+            raise UserError(f"{where}: give one of {', '.join(BUDGETS)}")
+        seeds = fields.pop("seeds")
+        runs += [{"fields": {}, "arguments": {}, **fields, "seed": seed} for seed in seeds]
+    return runs
+
+
+def key_of(run: dict[str, Any]) -> str:
+    """What tells a run from others: all that is in it but its name."""
+    content = json.dumps({name: value for name, value in run.items() if name != "name"}, sort_keys=True)
+    return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
+
+
+def read_results(file: Path = RESULTS) -> list[dict[str, Any]]:
+    """The kept results; none where there is no file yet."""
+    return [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.is_file() else []
+
+
+def keep(result: dict[str, Any], file: Path = RESULTS) -> None:
+    """Append a result, whole, whatever other studies do at the same time."""
+    with file.open("a", encoding="utf-8") as lines:
+        fcntl.flock(lines, fcntl.LOCK_EX)
+        lines.write(json.dumps(result, ensure_ascii=False) + "\n")
+
+
+def prepare_tokenizer(corpus: str, work: Path) -> Path:
+    """The tokenizer of all runs: 8,000 pieces from their corpus."""
+    folder = work / "tokenizer"
+    if not folder.is_dir():
+        sentences = (sentence for document in read_documents(corpus) for sentence in document.sentences)
+        partial = work / "tokenizer.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        train_tokenizer(sentences, VOCABULARY).save_pretrained(partial)
+        partial.rename(folder)
+    return folder
+
+
+def make(run: dict[str, Any], corpus: str, tokenizer: Path, work: Path) -> str:
+    """Make one run, in a process of its own; returns what went wrong, or nothing."""
+    folder = work / key_of(run)
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "specification.json"
+    file.write_text(json.dumps({**run, "corpus": corpus, "tokenizer": str(tokenizer)}), "utf-8")
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "MIXLM_CACHE": str(work / "cache"),
+        "PYTHONPATH": str(FOLDER.parents[1]),
+    }
+    with (folder / "log").open("a") as log:
+        command = [sys.executable, str(FOLDER / "train_one.py"), str(file), str(folder)]
+        done = subprocess.run(command, env=environment, stdout=log, stderr=log)
+    if done.returncode or not (folder / "result.json").is_file():
+        return f"exit code {done.returncode}; see {folder / 'log'}"
+    result = json.loads((folder / "result.json").read_text("utf-8"))
+    keep({**run, **result, "key": key_of(run), "when": time.strftime("%Y-%m-%d")})
+    shutil.rmtree(folder)
+    return ""
+
+
+@exits_on_user_error
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Make the runs of tables, several at once.")
+    parser.add_argument("tables", nargs="+", type=Path, help="JSON lines; what a line is: see this file's beginning")
+    parser.add_argument("--corpus_path", required=True, help="Folder or file of .dat, .dat.xz, .dat.gz.")
+    parser.add_argument("--work_dir", type=Path, default=Path(".cache/learning"), help="For checkpoints and the like.")
+    parser.add_argument("--at_once", type=int, default=os.cpu_count(), help="Runs at the same time, a thread each.")
+    arguments = parser.parse_args()
+
+    known = {result["key"] for result in read_results()}
+    runs = {key_of(run): run for table in arguments.tables for run in read_table(table)}
+    due = [run for key, run in runs.items() if key not in known]
+    print(f"{len(runs)} runs, {len(runs) - len(due)} of them kept already")
+    work = arguments.work_dir.resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    tokenizer = prepare_tokenizer(arguments.corpus_path, work)
+    failed = 0
+    with ThreadPoolExecutor(arguments.at_once) as pool:
+        makings = pool.map(lambda run: make(run, arguments.corpus_path, tokenizer, work), due)
+        for run, failure in tqdm(zip(due, makings, strict=True), total=len(due), unit="run", desc="study"):
+            if failure:
+                failed += 1
+                tqdm.write(f"{run['name']}, seed {run['seed']}: {failure}")
+    if failed:
+        raise UserError(f"{failed} of {len(due)} runs failed; started again, the study goes on with them")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,222 @@
+"""One run of a study: `python train_one.py SPECIFICATION.json FOLDER`; what came of it is in FOLDER/result.json.
+
+It is the loop, the data and the held-out loss of run_pretraining.py. What is added is the budget: CPU time, which other
+programs on the machine do not use up, becomes a number of steps by timing a few of them first. Killed and started
+again, it goes on from its last checkpoint.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from models import PEERS, build_model, parameter_counts
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from run_pretraining import OBJECTIVES, build_examples
+
+from mixlm.data.batching import LengthBucketedBatches, Position, evaluation_batches, training_batches
+from mixlm.data.examples import SentenceOrderExamples
+from mixlm.data.store import TokenizedCorpus, open_corpus
+from mixlm.errors import exits_on_user_error
+from mixlm.tokenization import load_tokenizer
+from mixlm.training.arguments import PretrainingArguments
+from mixlm.training.checkpoint import checkpoints_in, step_of
+from mixlm.training.evaluation import evaluate_pretraining, unigram_log_probabilities
+from mixlm.training.loop import train
+from mixlm.training.objectives import Batch
+from mixlm.training.run import CHECKPOINTS, prepare_run
+from mixlm.training.sharding import Engine
+
+# What a run is unless its specification says otherwise.
+DEFAULTS = {"max_seq_length": 64, "train_batch_size": 16, "learning_rate": 1e-3}
+WARMUP_SHARE = 0.05
+# Every run is judged on the same texts under the same masks.
+HELD_OUT = {"max_seq_length": 64, "masking": "ngram", "seed": 0}
+CURVE_POINTS, CURVE_EXAMPLES, FINAL_EXAMPLES = 8, 250, 1000
+STEPS_BEFORE_TIMING, TIMED_STEPS = 5, 25
+
+
+class Meter:
+    """CPU time and tokens of training steps, without what lies between them.
+
+    Args:
+        seconds, tokens: of the steps before.
+    """
+
+    def __init__(self, seconds: float = 0.0, tokens: int = 0):
+        self.seconds, self.tokens = seconds, tokens
+        self.started: float | None = None
+
+    def over(self, steps: Iterator[tuple[Position, list[Batch]]]) -> Iterator[tuple[Position, list[Batch]]]:
+        """The same steps, counted."""
+        self.resume()
+        for position, micro_batches in steps:
+            self.tokens += sum(int(batch["attention_mask"].sum()) for batch in micro_batches)
+            yield position, micro_batches
+
+    def pause(self) -> None:
+        """Stop the clock."""
+        if self.started is not None:
+            self.seconds += time.process_time() - self.started
+        self.started = None
+
+    def resume(self) -> None:
+        """Let the clock go on."""
+        self.started = time.process_time()
+
+
+def arguments_of(specification: dict[str, Any], folder: Path, name: str, **more: Any) -> PretrainingArguments:
+    """The arguments of a run of run_pretraining.py, in `folder`/`name`."""
+    return PretrainingArguments(
+        model_name=name,
+        output_dir=str(folder),
+        corpus_path=specification["corpus"],
+        tokenizer=specification["tokenizer"],
+        num_workers=0,
+        **{**DEFAULTS, **specification["arguments"], "seed": specification["seed"], **more},
+    )
+
+
+def train_once(
+    arguments: PretrainingArguments,
+    specification: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    meter: Meter,
+    evaluate: Callable[[Engine, Accelerator], dict[str, float]],
+) -> tuple[nn.Module, dict[str, float]]:
+    """A training by the loop of mixlm; returns the model and the metrics of its end."""
+    accelerator = prepare_run(arguments)
+    objective = {} if specification["model"] in PEERS else {"pretraining_objective": arguments.task.lower()}
+    model = build_model(specification["model"], {**objective, **specification["fields"]}, tokenizer)
+    training, _ = build_examples(arguments, tokenizer, open_training_corpus(arguments, tokenizer))
+
+    def batches(position: Position) -> Iterator[tuple[Position, list[Batch]]]:
+        micro_batches = arguments.gradient_accumulation_steps
+        rows = arguments.train_batch_size * micro_batches
+        order = LengthBucketedBatches(
+            training.lengths, seed=arguments.seed, rows_per_step=rows, micro_batches=micro_batches
+        )
+        return meter.over(training_batches(training, order, position, tokenizer.pad_token_id))
+
+    last = train(
+        model,
+        OBJECTIVES[arguments.task],
+        batches,
+        arguments,
+        accelerator,
+        evaluate=lambda engine: evaluate(engine, accelerator),
+    )
+    accelerator.end_training()
+    return model, last.metrics
+
+
+def open_training_corpus(arguments: PretrainingArguments, tokenizer: PreTrainedTokenizerBase) -> TokenizedCorpus:
+    """The corpus as run_pretraining.py opens it."""
+    longest = arguments.max_seq_length - SentenceOrderExamples.special_tokens
+    return open_corpus(arguments.corpus_path, tokenizer, max_sentence_length=longest)
+
+
+def cost_of_a_step(
+    specification: dict[str, Any], folder: Path, tokenizer: PreTrainedTokenizerBase
+) -> tuple[float, float]:
+    """CPU seconds and tokens of a step, as measured when the run was first begun."""
+    file = folder / "cost_of_a_step.json"
+    if not file.is_file():
+        meter, marks = Meter(), []
+
+        def mark(engine: Engine, accelerator: Accelerator) -> dict[str, float]:
+            meter.pause()
+            marks.append((meter.seconds, meter.tokens))
+            meter.resume()
+            return {}
+
+        steps = {"num_steps": STEPS_BEFORE_TIMING + TIMED_STEPS, "eval_steps": STEPS_BEFORE_TIMING}
+        arguments = arguments_of(specification, folder, "timing", overwrite_output_dir=True, save_steps=0, **steps)
+        train_once(arguments, specification, tokenizer, meter, mark)
+        first, last = marks[0], marks[-1]
+        file.write_text(json.dumps([(end - start) / TIMED_STEPS for start, end in zip(first, last, strict=True)]))
+    return tuple(json.loads(file.read_text()))
+
+
+def number_of_steps(specification: dict[str, Any], seconds: float, tokens: float) -> int:
+    """Of a run, by its budget: `steps`, or `tokens`, or `minutes` of CPU time."""
+    if "steps" in specification:
+        return specification["steps"]
+    if "tokens" in specification:
+        return max(CURVE_POINTS, round(specification["tokens"] / tokens))
+    return max(CURVE_POINTS, round(60 * specification["minutes"] / seconds))
+
+
+def train_one(specification: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Train to the end of the budget; returns what is to be written down.
+
+    Args:
+        specification: `model`, `fields`, `arguments`, `seed`, a budget, and the paths `corpus` and `tokenizer`; see
+            study.py.
+        folder: for the checkpoints, which are of no use afterwards.
+    """
+    tokenizer = load_tokenizer(specification["tokenizer"])
+    held_out_arguments = PretrainingArguments(
+        "held-out",
+        corpus_path=specification["corpus"],
+        tokenizer=specification["tokenizer"],
+        max_eval_examples=FINAL_EXAMPLES,
+        task=specification["arguments"].get("task", "SOP"),
+        **HELD_OUT,
+    )
+    corpus = open_training_corpus(held_out_arguments, tokenizer)
+    unigram = unigram_log_probabilities(corpus.token_counts)
+    steps = number_of_steps(specification, *cost_of_a_step(specification, folder, tokenizer))
+
+    points = max(1, steps // CURVE_POINTS)
+    arguments = arguments_of(
+        specification,
+        folder,
+        "run",
+        num_steps=steps,
+        warmup_steps=int(WARMUP_SHARE * steps),
+        eval_steps=points,
+        save_steps=points,  # so that where a run goes on, its cost until there is known
+        save_total_limit=1,
+        resume="auto",
+    )
+    curve_file = folder / "curve.jsonl"
+    curve = [json.loads(line) for line in curve_file.read_text().splitlines()] if curve_file.is_file() else []
+    done = max(map(step_of, checkpoints_in(arguments.run_folder / CHECKPOINTS)), default=0)
+    curve = [point for point in curve if point["step"] <= done]
+    meter = Meter(curve[-1]["cpu_seconds"], curve[-1]["tokens"]) if curve else Meter()
+
+    def evaluate(engine: Engine, accelerator: Accelerator) -> dict[str, float]:
+        meter.pause()
+        step = min(curve[-1]["step"] + points if curve else points, steps)
+        _, held_out = build_examples(held_out_arguments, tokenizer, corpus)
+        if step < steps:
+            held_out.limit(CURVE_EXAMPLES)
+        batches = evaluation_batches(held_out, arguments.train_batch_size, tokenizer.pad_token_id)
+        metrics = evaluate_pretraining(engine, batches, accelerator, unigram)
+        curve.append({"step": step, "cpu_seconds": meter.seconds, "tokens": meter.tokens, **metrics})
+        curve_file.write_text("".join(json.dumps(point) + "\n" for point in curve))
+        meter.resume()
+        return metrics
+
+    model, metrics = train_once(arguments, specification, tokenizer, meter, evaluate)
+    return {**parameter_counts(model), "steps": steps, "curve": curve, "metrics": metrics}
+
+
+@exits_on_user_error
+def main(specification_file: str, folder: str) -> None:
+    """Make the run, and leave result.json in its folder."""
+    result = train_one(json.loads(Path(specification_file).read_text("utf-8")), Path(folder))
+    partial = Path(folder) / "result.partial"
+    partial.write_text(json.dumps(result), "utf-8")
+    partial.rename(Path(folder) / "result.json")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,1 @@
+"""The folder that `evaluate.load` takes for EM and F1 of KorQuAD 1.0."""

@@ -1,0 +1,320 @@
+"""Fine-tuning for machine reading: what `run_mrc.py` is told, the scores of all windows, and what they are worth."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from ..data.corpus import load_splits
+from ..data.reading import Predictions, ReadingWindows
+from ..data.squad import (
+    ReadingData,
+    ReadingExample,
+    SkippedAnswer,
+    count_unanswerable,
+    read_rows,
+    read_squad,
+    select_articles,
+    split_by_article,
+)
+from ..errors import UserError
+from ..evaluation.reading import korquad_v1, squad_v1, squad_v2
+from ..reader import Decoding, WindowScores, in_order, scores_by_window
+from .arguments import TrainingArguments
+from .sharding import Engine
+
+SKIPPED_FILE = "skipped_answers.jsonl"
+METRICS = {"korquad_v1": korquad_v1, "squad_v1": squad_v1}
+
+
+@dataclass
+class ReadingArguments(TrainingArguments):
+    """What `run_mrc.py` takes beside that."""
+
+    best_metric: ClassVar[str | None] = "f1"
+
+    # Not as in pretraining
+    model_name: str | None = field(
+        default=None, metadata={"help": "Name of the run; its folder is output_dir/model_name. None = output_dir."}
+    )
+    learning_rate: float = field(default=5e-5, metadata={"help": "Peak learning rate of AdamW."})
+    num_steps: int | None = field(
+        default=None, metadata={"help": "Optimizer steps to train. None = by num_train_epochs."}
+    )
+    num_train_epochs: float = field(default=3.0, metadata={"help": "How often to go through the data."})
+    warmup_ratio: float = field(
+        default=0.1,
+        metadata={"help": "Share of the steps in which the learning rate rises, unless warmup_steps says."},
+    )
+    eval_steps: int | None = field(
+        default=None,
+        metadata={"help": "Steps between two evaluations. 0 = only at the end. None = once an epoch."},
+    )
+    seeds: list[int] | None = field(
+        default=None,
+        metadata={"help": "Train once for each of these seeds, in output_dir/seed-N, and report mean and deviation."},
+    )
+
+    # Model and data
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Folder or Hub name of a pretrained model of any head. Required."}
+    )
+    tokenizer: str | None = field(default=None, metadata={"help": "Folder or Hub name. None = the model's."})
+    train_file: list[str] | None = field(
+        default=None,
+        metadata={"help": "SQuAD-style .json, or .jsonl with SQuAD's columns, also .gz or .xz; files or folders."},
+    )
+    validation_file: list[str] | None = field(
+        default=None, metadata={"help": "As train_file. None = articles of train_file that are not trained on."}
+    )
+    predict_file: list[str] | None = field(default=None, metadata={"help": "Questions to answer, as train_file."})
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Instead of files: a `datasets` name with SQuAD's columns."}
+    )
+    train_articles: str | None = field(
+        default=None, metadata={"help": "Train on these articles of train_file alone, such as 0:110."}
+    )
+    validation_articles: str | None = field(
+        default=None, metadata={"help": "Evaluate on these articles, such as 110:140."}
+    )
+    validation_split: float = field(
+        default=0.1, metadata={"help": "Share of the articles to evaluate on, where nothing else says which."}
+    )
+    version_2_with_negative: bool = field(
+        default=False, metadata={"help": "Some questions have no answer, as in SQuAD 2.0."}
+    )
+    do_train: bool = field(
+        default=False,
+        metadata={"help": "Train. Without any of do_train, do_eval, do_predict: all that files are for."},
+    )
+    do_eval: bool = field(default=False, metadata={"help": "Evaluate the best checkpoint and write its predictions."})
+    do_predict: bool = field(default=False, metadata={"help": "Answer the questions of predict_file."})
+
+    # Windows and answers
+    max_seq_length: int = field(default=384, metadata={"help": "Tokens of a window: question, context, special ones."})
+    doc_stride: int = field(default=128, metadata={"help": "Tokens from the beginning of a window to the next."})
+    max_query_length: int = field(default=64, metadata={"help": "Tokens of a question; a longer one is cut."})
+    n_best_size: int = field(default=20, metadata={"help": "Candidates of a question in nbest_predictions.json."})
+    max_answer_length: int = field(default=30, metadata={"help": "Tokens of an answer."})
+    metric: Literal["korquad_v1", "squad_v1"] | None = field(
+        default=None,
+        metadata={
+            "help": "Whose EM and F1 choose the best checkpoint. None = KorQuAD's where most contexts are Korean, "
+            "else SQuAD's; with version_2_with_negative always SQuAD 2.0's."
+        },
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.model_name_or_path is None:
+            raise UserError("--model_name_or_path is missing; give a pretrained model's folder or Hub name")
+        if self.dataset_name is not None and self.train_file is not None:
+            raise UserError(f"--train_file and --dataset_name={self.dataset_name}: give one of them")
+        if not (self.dataset_name or self.train_file or self.validation_file or self.predict_file):
+            raise UserError("no questions: give --train_file, --validation_file, --predict_file or --dataset_name")
+        if not (self.do_train or self.do_eval or self.do_predict):
+            self.do_train = bool(self.train_file or self.dataset_name)
+            self.do_eval = self.do_train or self.validation_file is not None
+            self.do_predict = self.predict_file is not None
+        has_questions = self.predict_file is not None
+        self.require(has_questions or not self.do_predict, "do_predict", "left out without predict_file")
+        if self.version_2_with_negative:
+            self.best_metric = "best_f1"
+        self.require(self.num_train_epochs > 0, "num_train_epochs", "above 0")
+        self.require(0 <= self.warmup_ratio < 1, "warmup_ratio", "at least 0 and below 1")
+        self.require(0 < self.validation_split < 1, "validation_split", "between 0 and 1")
+        self.require(self.tokens_per_step is None, "tokens_per_step", "left out: the number of steps depends on rows")
+        is_known = self.train_batch_size > 0 or self.effective_batch_size is not None or self.num_steps is not None
+        self.require(is_known, "train_batch_size", "above 0, unless num_steps or effective_batch_size is given")
+
+    def fit_schedule(self, training_windows: int, processes: int) -> None:
+        """Set num_steps, warmup_steps and eval_steps, where they are to follow from the data.
+
+        Args:
+            training_windows: rows of an epoch.
+            processes: that share a step.
+        """
+        rows = self.effective_batch_size or self.train_batch_size * self.gradient_accumulation_steps * processes
+        steps_per_epoch = max(1, training_windows // rows) if rows else 0
+        if self.num_steps is None:
+            self.num_steps = max(1, round(self.num_train_epochs * steps_per_epoch))
+        if self.scheduler_num_steps is None:
+            self.scheduler_num_steps = self.num_steps
+        if self.warmup_steps == 0:
+            self.warmup_steps = int(self.warmup_ratio * self.scheduler_num_steps)
+        if self.eval_steps is None:
+            self.eval_steps = steps_per_epoch
+        self.check_schedule()
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What a run trains and is evaluated on.
+
+    Args:
+        training, validation: questions; none in common.
+        skipped: answers that cannot be learned from.
+        notes: lines that the user should see.
+    """
+
+    training: list[ReadingExample]
+    validation: list[ReadingExample]
+    skipped: list[SkippedAnswer]
+    notes: list[str]
+
+
+def read_questions(arguments: ReadingArguments) -> Questions:
+    """The questions that the arguments name.
+
+    Validation questions are those of `validation_file`, or of the dataset's split of that name, or else articles of
+    the training data that are not trained on.
+
+    Raises:
+        UserError: a file is wrong; a range of articles is empty or trained on; nothing can be learned from.
+    """
+    data, held_out = None, None
+    if arguments.dataset_name is not None:
+        splits = load_splits(arguments.dataset_name)
+        data = read_rows(splits["train"], arguments.dataset_name) if "train" in splits else None
+        held_out = read_rows(splits["validation"], arguments.dataset_name) if "validation" in splits else None
+    if arguments.train_file is not None:
+        data = read_squad(arguments.train_file)
+    if arguments.validation_file is not None:
+        held_out = read_squad(arguments.validation_file)
+    training = [] if data is None else data.examples
+    if held_out is not None:
+        validation = held_out.examples
+        if arguments.validation_articles is not None:
+            validation = select_articles(validation, arguments.validation_articles)
+        if arguments.train_articles is not None:
+            training = select_articles(training, arguments.train_articles)
+    else:
+        training, validation = _split(training, arguments)
+    parts = [part for part in (data, held_out) if part is not None]
+    notes = [note for part in parts for note in _notes(part)]
+    if not arguments.version_2_with_negative and (unanswerable := count_unanswerable(training + validation)):
+        notes.append(
+            f"{unanswerable:,} questions have no answer and are left out; --version_2_with_negative uses them"
+        )
+        training, validation = ([each for each in part if not each.is_impossible] for part in (training, validation))
+    for name, part in (("train", training if arguments.do_train else [1]), ("evaluate", validation)):
+        if not part:
+            raise UserError(f"no question to {name} on is left; is --version_2_with_negative missing?")
+    return Questions(training, validation, [each for part in parts for each in part.skipped], notes)
+
+
+def _split(
+    examples: list[ReadingExample], arguments: ReadingArguments
+) -> tuple[list[ReadingExample], list[ReadingExample]]:
+    """Training and validation articles of one data set."""
+    chosen, held_out = arguments.train_articles, arguments.validation_articles
+    if held_out is None:
+        return split_by_article(
+            examples if chosen is None else select_articles(examples, chosen), arguments.validation_split, seed=0
+        )
+    validation = select_articles(examples, held_out)
+    articles = {example.article for example in validation}
+    if chosen is None:
+        return [example for example in examples if example.article not in articles], validation
+    training = select_articles(examples, chosen)
+    if common := sorted(articles & {example.article for example in training}):
+        raise UserError(
+            f"--train_articles={chosen} and --validation_articles={held_out}: article {common[0]} is in both; what is "
+            "trained on says nothing in an evaluation"
+        )
+    return training, validation
+
+
+def _notes(data: ReadingData) -> list[str]:
+    notes = []
+    if data.repaired_answers:
+        notes.append(f"{data.repaired_answers:,} answers stood elsewhere in their context than the file says")
+    if data.skipped:
+        notes.append(f"{len(data.skipped):,} answers are not in their context and are skipped: {SKIPPED_FILE}")
+    return notes
+
+
+def window_scores(
+    engine: Engine, windows: ReadingWindows, rows: int, pad_token_id: int, accelerator: Accelerator
+) -> WindowScores:
+    """The logits of all windows, on every rank.
+
+    Args:
+        engine: of a ForQuestionAnswering model, in evaluation mode.
+        windows: all of them; the ranks share the work.
+        rows: of a batch.
+        pad_token_id: the padding token.
+        accelerator: joins the ranks.
+    """
+    rank, ranks = accelerator.process_index, accelerator.num_processes
+    own = list(scores_by_window(engine, accelerator.device, windows, rows, pad_token_id, rank, ranks))
+    return in_order(windows, gather_object(own))
+
+
+def reading_metrics(
+    predictions: Predictions, examples: Sequence[ReadingExample], metric: str, decoding: Decoding
+) -> dict[str, float]:
+    """What predictions are worth.
+
+    Args:
+        predictions: of these questions. With unanswerable ones, `predictions.predictions` has an answer or "".
+        examples: the questions, with their references.
+        metric: "korquad_v1" or "squad_v1": whose `exact_match` and `f1` are the run's; the other's have its name
+            before them. With unanswerable questions they are SQuAD 2.0's, with parts and best thresholds.
+        decoding: whether there are unanswerable questions.
+
+    Returns:
+        metrics by name, all numbers.
+    """
+    references = {example.id: list(example.answer_texts) for example in examples}
+    if decoding.unanswerable:
+        best_answers = {id_: best_answer(candidates) for id_, candidates in predictions.nbest_predictions.items()}
+        scores = squad_v2(best_answers, references, predictions.null_odds, decoding.null_threshold)
+        if scores["best_f1"] == 100 * scores.get("NoAns_total", 0) / scores["total"] and not scores["best_f1_thresh"]:
+            # The official 0 of "it is best to answer nothing": below all odds, it is a threshold that says so.
+            scores["best_f1_thresh"] = min(predictions.null_odds.values()) - 1
+        return {"exact_match": scores.pop("exact"), **scores}
+    other = next(name for name in METRICS if name != metric)
+    scores = METRICS[metric](predictions.predictions, references)
+    others = METRICS[other](predictions.predictions, references)
+    return {**scores, **{f"{other}_{name}": others[name] for name in ("exact_match", "f1")}}
+
+
+def best_answer(candidates: Sequence[Mapping[str, str | float]]) -> str:
+    """The best candidate that is an answer; "" where there is none."""
+    return next((candidate["text"] for candidate in candidates if candidate["text"]), "")
+
+
+def decoding_of(arguments: ReadingArguments) -> Decoding:
+    """How the answers of a run come from scores, before its threshold is tuned."""
+    names = ("max_seq_length", "doc_stride", "max_query_length", "n_best_size", "max_answer_length")
+    lengths = {name: getattr(arguments, name) for name in names}
+    return Decoding(**lengths, unanswerable=arguments.version_2_with_negative)
+
+
+def tuned(decoding: Decoding, metrics: Mapping[str, float]) -> Decoding:
+    """With the null threshold that was best for F1 where `metrics` come from."""
+    return replace(decoding, null_threshold=metrics["best_f1_thresh"]) if decoding.unanswerable else decoding
+
+
+def chosen_metric(arguments: ReadingArguments, examples: Sequence[ReadingExample]) -> str:
+    """The metric a run is judged by: see `ReadingArguments.metric`."""
+    if arguments.metric is not None:
+        return arguments.metric
+    korean = sum(any("가" <= character <= "힣" for character in example.context) for example in examples)
+    return "korquad_v1" if 2 * korean > len(examples) else "squad_v1"
+
+
+def write_predictions(predictions: Predictions, folder: Path, metrics: Mapping[str, float] | None = None) -> None:
+    """Write the files of the official scripts, predictions.json, nbest_predictions.json and, for SQuAD 2.0,
+    null_odds.json; and eval_results.json, if there are metrics."""
+    files = {name: content for name, content in asdict(predictions).items() if content}
+    if metrics is not None:
+        files["eval_results"] = {f"eval/{name}": value for name, value in metrics.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", "utf-8")

@@ -1,0 +1,284 @@
+"""run_mrc.py from the arguments to the finished reader, and what a user can get wrong."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from safetensors.torch import load_file
+from transformers import AutoModelForQuestionAnswering, BertConfig, BertForMaskedLM
+
+import mixlm
+from mixlm.errors import UserError
+from mixlm.reader import Decoding
+from mixlm.tokenization import train_tokenizer
+from mixlm.training.checkpoint import checkpoints_in
+from mixlm.training.reading import ReadingArguments
+from mixlm.training.report import read_curves
+
+REPOSITORY = Path(__file__).parent.parent
+sys.path.insert(0, str(REPOSITORY))
+
+import run_mrc
+
+CITIES = ("서울", "부산", "대구", "인천", "광주", "대전", "울산", "세종", "수원", "전주", "제주", "강릉")
+FAMILIES = {
+    "mixlm": (mixlm.MixLMConfig, {"n_experts": 2, "num_heads": 2, "kernel_size": 5, "ff_dim": 64}),
+    "switch": (mixlm.MixLMSwitchConfig, {"n_experts": 2, "num_heads": 2, "ff_dim": 32}),
+}
+PRETRAINED = {
+    ("mixlm", "sop"): mixlm.MixLMForPreTraining,
+    ("mixlm", "mlm"): mixlm.MixLMForMaskedLM,
+    ("mixlm", "retrieval"): mixlm.MixLMForRetrieval,
+    ("switch", "sop"): mixlm.MixLMSwitchForPreTraining,
+}
+
+
+def article(number: int, version_2: bool = False) -> dict:
+    """Four questions whose answers follow the same words."""
+    paragraphs = []
+    for first in range(2):
+        city, other = CITIES[(number + first) % len(CITIES)], CITIES[(number + first + 5) % len(CITIES)]
+        context = f"그는 {city}에서 태어났다. 나중에 {other}에서 살았다."
+        questions = [("태어난 곳은?", city), ("살던 곳은?", other)]
+        qas = [
+            {
+                "id": f"{number}-{first}-{index}",
+                "question": question,
+                "answers": [{"text": answer, "answer_start": context.index(answer)}],
+            }
+            for index, (question, answer) in enumerate(questions)
+        ]
+        if version_2:
+            qas.append({"id": f"{number}-{first}-x", "question": "나이는?", "answers": [], "is_impossible": True})
+        paragraphs.append({"context": context, "qas": qas})
+    return {"title": f"글 {number}", "paragraphs": paragraphs}
+
+
+def write(file: Path, articles: list[dict]) -> str:
+    file.write_text(json.dumps({"version": "x", "data": articles}, ensure_ascii=False), "utf-8")
+    return str(file)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory) -> Path:
+    """A tokenizer, data, and a pretrained model of each family and head."""
+    folder = tmp_path_factory.mktemp("prepared")
+    write(folder / "v1.json", [article(number) for number in range(12)])
+    write(folder / "v2.json", [article(number, version_2=True) for number in range(12)])
+    texts = [paragraph["context"] for number in range(12) for paragraph in article(number)["paragraphs"]]
+    tokenizer = train_tokenizer([*texts * 2, "태어난 곳은? 살던 곳은? 나이는?"], 500, show_progress=False)
+    for (family, head), model_class in PRETRAINED.items():
+        config_class, fields = FAMILIES[family]
+        common = {"hidden_size": 32, "num_hidden_layers": 2, "max_position_embeddings": 64, "dropout_prob": 0.0}
+        torch.manual_seed(0)
+        model_class(config_class(vocab_size=len(tokenizer), **common, **fields)).save_pretrained(
+            folder / f"{family}-{head}"
+        )
+        tokenizer.save_pretrained(folder / f"{family}-{head}")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """Accelerate keeps precision and process group for the whole process; a test gets its own."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture
+def run(prepared, tmp_path, monkeypatch):
+    """(changes) -> the folder of a short run of the script in this process; None leaves an argument out."""
+
+    def run_main(**changes) -> Path:
+        defaults = {
+            "model_name_or_path": prepared / "mixlm-sop",
+            "train_file": prepared / "v1.json",
+            "validation_articles": "10:12",
+            "output_dir": tmp_path / "out",
+            "max_seq_length": 32,
+            "max_query_length": 8,
+            "doc_stride": 8,
+            "train_batch_size": 8,
+            "num_steps": 2,
+            "logging_steps": 1,
+            "num_workers": 0,
+        }
+        arguments = {name: value for name, value in {**defaults, **changes}.items() if value is not None}
+        flags = [
+            [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+            for name, value in arguments.items()
+        ]
+        monkeypatch.setattr(sys, "argv", ["run_mrc.py", *(part for flag in flags for part in flag)])
+        run_mrc.main.__wrapped__()
+        return Path(arguments["output_dir"])
+
+    return run_main
+
+
+def results(folder: Path) -> dict[str, float]:
+    return json.loads((folder / "eval_results.json").read_text("utf-8"))
+
+
+def predictions(folder: Path) -> dict[str, str]:
+    return json.loads((folder / "predictions.json").read_text("utf-8"))
+
+
+def test_it_learns_to_read_and_says_how_well(run, tmp_path, capsys):
+    """One question about each text: where in it the answer stands."""
+    articles = [article(number) for number in range(12)]
+    for paragraph in (paragraph for each in articles for paragraph in each["paragraphs"]):
+        del paragraph["qas"][1:]
+    folder = run(train_file=write(tmp_path / "data.json", articles), num_steps=60, learning_rate=5e-3, eval_steps=20)
+    expected = {
+        paragraph["qas"][0]["id"]: paragraph["qas"][0]["answers"][0]["text"]
+        for each in articles[10:]
+        for paragraph in each["paragraphs"]
+    }
+    found = predictions(folder)
+    assert found.keys() == expected.keys()
+    right = sum(found[id_] == text for id_, text in expected.items()) / len(expected)
+    assert results(folder)["eval/exact_match"] == pytest.approx(100 * right) and right >= 0.75
+    said = capsys.readouterr().out
+    assert said.count("has no head for question answering: a new one is trained") == 1
+    assert {"eval/f1", "train/reading_loss"} <= read_curves(folder).keys()
+
+
+def test_the_folder_is_that_of_the_best_checkpoint(run):
+    """Trained on with a rate that destroys it, the run keeps what it had before."""
+    folder = run(num_steps=60, learning_rate=5e-3, eval_steps=20)
+    best = max(value for _, value in read_curves(folder)["eval/f1"])
+    assert results(folder)["eval/f1"] == pytest.approx(best, abs=1e-4)
+    steps = {step: value for step, value in read_curves(folder)["eval/f1"]}
+    first_best = min(step for step, value in steps.items() if value == best)
+    names = [path.name for path in checkpoints_in(folder / "checkpoints")]
+    assert f"step-{first_best:08d}" in names
+    kept = load_file(folder / "checkpoints" / f"step-{first_best:08d}" / "model" / "model.safetensors")
+    final = load_file(folder / "model.safetensors")
+    assert all(torch.equal(kept[name], tensor) for name, tensor in final.items())
+
+
+def test_the_saved_model_is_one_for_transformers(run, prepared):
+    folder = run(num_steps=1)
+    model = AutoModelForQuestionAnswering.from_pretrained(folder)
+    assert type(model).__name__ == "MixLMForQuestionAnswering"
+    for name in (
+        "predictions.json",
+        "nbest_predictions.json",
+        "reader.json",
+        "tokenizer.json",
+        "skipped_answers.jsonl",
+    ):
+        assert (folder / name).is_file(), name
+
+
+@pytest.mark.parametrize(("family", "head"), PRETRAINED)
+def test_it_begins_with_any_head_of_either_family(run, prepared, family, head):
+    folder = run(model_name_or_path=prepared / f"{family}-{head}")
+    assert (folder / "config.json").is_file()
+
+
+def test_it_trains_models_of_transformers_too(run, prepared, tmp_path):
+    """For comparisons: the script knows nothing that is mixlm's own."""
+    vocabulary = mixlm.MixLMConfig.from_pretrained(prepared / "mixlm-sop").vocab_size
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    BertForMaskedLM(BertConfig(vocab_size=vocabulary, **shape)).save_pretrained(tmp_path / "bert")
+    folder = run(model_name_or_path=tmp_path / "bert", tokenizer=prepared / "mixlm-sop")
+    assert type(AutoModelForQuestionAnswering.from_pretrained(folder)).__name__ == "BertForQuestionAnswering"
+
+
+def test_an_interrupted_run_goes_on_and_is_the_same(run, tmp_path):
+    whole = run(output_dir=tmp_path / "whole", num_steps=4)
+    run(output_dir=tmp_path / "parts", num_steps=2, scheduler_num_steps=4, save_steps=1)
+    parts = run(output_dir=tmp_path / "parts", num_steps=4, resume="auto")
+    one, other = (load_file(folder / "model.safetensors") for folder in (whole, parts))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert predictions(whole) == predictions(parts)
+
+
+def test_unanswerable_questions_need_their_flag_and_then_have_a_threshold(run, prepared, capsys):
+    run(train_file=prepared / "v2.json")
+    assert (
+        "24 questions have no answer and are left out; --version_2_with_negative uses them" in capsys.readouterr().out
+    )
+
+
+def test_with_the_flag_a_threshold_is_tuned(run, prepared):
+    folder = run(train_file=prepared / "v2.json", version_2_with_negative=True, num_steps=20, learning_rate=5e-3)
+    found = results(folder)
+    decoding = Decoding.load(folder)
+    assert decoding.unanswerable and decoding.null_threshold == pytest.approx(found["eval/best_f1_thresh"])
+    assert found["eval/f1"] == pytest.approx(found["eval/best_f1"])  # that is what the threshold is for
+    assert found["eval/NoAns_total"] == 4 and found["eval/HasAns_total"] == 8
+    odds = json.loads((folder / "null_odds.json").read_text("utf-8"))
+    answered = predictions(folder)
+    assert odds.keys() == answered.keys()
+    assert all((answer == "") == (odds[id_] > decoding.null_threshold) for id_, answer in answered.items())
+
+
+def test_several_seeds_have_a_mean(run, capsys):
+    folder = run(seeds=[1, 2], num_steps=2)
+    summary = json.loads((folder / "seeds.json").read_text("utf-8"))
+    values = [results(folder / f"seed-{seed}")["eval/f1"] for seed in (1, 2)]
+    assert summary["f1"]["values"] == values and summary["f1"]["mean"] == pytest.approx(sum(values) / 2)
+    assert "±" in capsys.readouterr().out
+
+
+def test_questions_are_answered_without_training(run, prepared, tmp_path):
+    folder = run(num_steps=2)
+    again = run(
+        model_name_or_path=folder,
+        output_dir=tmp_path / "answers",
+        train_file=None,
+        validation_articles=None,
+        predict_file=prepared / "v1.json",
+    )
+    asked = json.loads((again / "predict" / "predictions.json").read_text("utf-8"))
+    assert len(asked) == 48 and asked.items() >= predictions(folder).items()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_name_or_path": None}, "--model_name_or_path is missing"),
+        ({"model_name_or_path": "nowhere"}, "nowhere"),
+        ({"train_file": None, "validation_articles": None}, "no questions: give --train_file"),
+        ({"train_file": "nowhere.json"}, "nowhere.json"),
+        ({"train_articles": "0:11"}, "article 10 is in both"),
+        ({"validation_articles": "20:30"}, "no question is in this range"),
+        ({"doc_stride": 30}, "doc_stride 30"),
+        ({"max_seq_length": 65, "max_query_length": 8}, "max_seq_length"),
+        ({"validation_articles": None, "validation_split": 1.0}, "validation_split=1.0: must be between 0 and 1"),
+        ({"train_batch_size": 0, "num_steps": None}, "train_batch_size=0: must be above 0, unless num_steps"),
+        ({"do_predict": True}, "do_predict=True: must be left out without predict_file"),
+    ],
+)
+def test_what_is_wrong_is_one_line(run, changes, message, tmp_path):
+    with pytest.raises(UserError) as caught:
+        run(**changes)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "out" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "processes", "steps", "warmup", "evaluations"),
+    [
+        ({}, 1, 30, 3, 10),  # 80 windows, 8 rows
+        ({"gradient_accumulation_steps": 2}, 2, 6, 0, 2),
+        ({"num_steps": 7}, 1, 7, 0, 10),
+        ({"num_steps": 40, "warmup_steps": 9, "eval_steps": 5}, 1, 40, 9, 5),
+        ({"train_batch_size": 0, "effective_batch_size": 16}, 2, 15, 1, 5),
+        ({"num_train_epochs": 0.5}, 1, 5, 0, 10),
+    ],
+)
+def test_the_schedule_follows_from_the_data(given, processes, steps, warmup, evaluations):
+    fields = {"model_name_or_path": "m", "train_file": ["f"], "train_batch_size": 8, **given}
+    arguments = ReadingArguments(**fields)
+    arguments.fit_schedule(80, processes)
+    found = arguments.num_steps, arguments.warmup_steps, arguments.eval_steps, arguments.scheduler_num_steps
+    assert found == (steps, warmup, evaluations, steps)

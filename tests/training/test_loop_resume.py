@@ -1,0 +1,164 @@
+"""Runs that go on from a checkpoint: from which one, and to the same end."""
+
+import shutil
+
+import pytest
+import torch
+from accelerate import Accelerator
+from small_runs import assert_same_checkpoint, checkpoint_names, curves_without_speed
+
+from mixlm.errors import UserError
+from mixlm.training.run import choose_checkpoint, prepare_run
+
+
+@pytest.mark.parametrize(
+    ("family", "task"),
+    [
+        ("mixlm", "SOP"),
+        ("switch", "ICT"),
+        pytest.param("mixlm", "ICT", marks=pytest.mark.slow),
+        pytest.param("switch", "SOP", marks=pytest.mark.slow),
+    ],
+)
+def test_a_resumed_run_equals_one_without_interruption(make_arguments, run_training, checkpoint_folder, family, task):
+    """11 steps of 8 of 37 rows: epochs of 4 steps, windows of 2; the break is within a window."""
+    settings = {"scheduler_num_steps": 20, "warmup_steps": 2, "save_steps": 7, "eval_steps": 4}
+    whole = make_arguments(model_name="whole", num_steps=11, **settings)
+    run_training(whole, task, family=family)
+    broken = make_arguments(model_name="broken", num_steps=7, **settings)
+    run_training(broken, task, family=family)
+    resumed = make_arguments(model_name="broken", num_steps=11, resume="auto", **settings)
+    torch.manual_seed(1234)  # nothing may depend on what the process did before
+    run_training(resumed, task, family=family, initializer_range=0.01)
+
+    assert_same_checkpoint(checkpoint_folder(resumed, 11), checkpoint_folder(whole, 11))
+    found, expected = curves_without_speed(resumed.run_folder), curves_without_speed(whole.run_folder)
+    assert {tag: points for tag, points in found.items() if tag.startswith("train/")} == {
+        tag: points for tag, points in expected.items() if tag.startswith("train/")
+    }
+    assert [step for step, _ in found["train/loss"]] == list(range(1, 12))
+    assert expected["eval/parameters"][-1] == found["eval/parameters"][-1]
+
+
+def test_resume_never_auto_path_and_missing(make_arguments, run_training, checkpoint_folder):
+    accelerator = Accelerator(cpu=True)
+    arguments = make_arguments(num_steps=4, save_steps=2)
+    assert choose_checkpoint(make_arguments(resume="auto"), accelerator) is None
+    run_training(arguments)
+    newest, first = checkpoint_folder(arguments, 4), checkpoint_folder(arguments, 2)
+    accelerator = Accelerator(cpu=True)
+    assert choose_checkpoint(arguments, accelerator) is None
+    assert choose_checkpoint(make_arguments(resume="auto"), accelerator) == newest
+    assert choose_checkpoint(make_arguments(resume=str(first)), accelerator) == first
+    with pytest.raises(UserError, match="--resume nowhere: no such folder"):
+        prepare_run(make_arguments(resume="nowhere"))
+    with pytest.raises(UserError, match="not a checkpoint"):
+        prepare_run(make_arguments(resume=str(arguments.run_folder)))
+
+
+def test_resume_auto_without_a_checkpoint_starts_anew(make_arguments, run_training, checkpoint_folder):
+    """Also where a run was killed before, or while, its first checkpoint was written."""
+    once = make_arguments(model_name="once", num_steps=2)
+    run_training(once)
+    auto = make_arguments(num_steps=2, resume="auto")
+    shutil.copytree(once.run_folder / "tensorboard", auto.run_folder / "tensorboard")
+    (auto.run_folder / "checkpoints" / ".step-00000002.partial" / "model").mkdir(parents=True)
+    run_training(auto)
+    assert_same_checkpoint(checkpoint_folder(auto, 2), checkpoint_folder(once, 2))
+    assert [path.name for path in (auto.run_folder / "checkpoints").iterdir()] == ["step-00000002"]
+    assert curves_without_speed(auto.run_folder) == curves_without_speed(once.run_folder)
+
+
+def test_resume_auto_without_a_checkpoint_leaves_the_files_of_others(make_arguments, run_training):
+    arguments = make_arguments(num_steps=2, resume="auto")
+    arguments.run_folder.mkdir(parents=True)
+    (arguments.run_folder / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="other files are there; choose another --model_name"):
+        run_training(arguments)
+
+
+@pytest.mark.parametrize("file", ["optimizer.safetensors", "state.json"])
+def test_a_damaged_newest_checkpoint_is_passed_over(make_arguments, run_training, checkpoint_folder, capsys, file):
+    settings = {"scheduler_num_steps": 10, "save_steps": 2, "save_total_limit": 3}
+    whole = make_arguments(model_name="whole", num_steps=6, **settings)
+    run_training(whole)
+    run_training(make_arguments(num_steps=4, **settings))
+    resumed = make_arguments(num_steps=6, resume="auto", **settings)
+    damaged = checkpoint_folder(resumed, 4) / file
+    damaged.write_bytes(damaged.read_bytes()[:-3])
+    capsys.readouterr()
+    run_training(resumed)
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith(f"passed over: {damaged}: damaged")
+    assert said[1] == f"going on from {checkpoint_folder(resumed, 2)} (step 2)"
+    assert checkpoint_names(resumed.run_folder) == ["step-00000002", "step-00000004", "step-00000006"]
+    for step in (4, 6):
+        assert_same_checkpoint(checkpoint_folder(resumed, step), checkpoint_folder(whole, step))
+
+
+def test_nothing_but_damaged_checkpoints_is_an_error(make_arguments, run_training, checkpoint_folder):
+    arguments = make_arguments(num_steps=4, save_steps=2)
+    run_training(arguments)
+    for step in (2, 4):
+        (checkpoint_folder(arguments, step) / "optimizer.safetensors").unlink()
+    with pytest.raises(UserError, match="every checkpoint in .*checkpoints is damaged; .*--overwrite_output_dir"):
+        run_training(make_arguments(num_steps=6, resume="auto"))
+    named = checkpoint_folder(arguments, 2)
+    with pytest.raises(UserError, match=f"^{named}/optimizer.safetensors: damaged or missing"):
+        run_training(make_arguments(num_steps=6, resume=str(named)))
+    assert checkpoint_names(arguments.run_folder) == ["step-00000002", "step-00000004"]
+
+
+def test_a_finished_run_is_evaluated_again_and_never_goes_back(make_arguments, run_training, checkpoint_folder):
+    """Its process may have died between its last checkpoint and its results."""
+    arguments = make_arguments(num_steps=2)
+    run_training(arguments)
+    weights = checkpoint_folder(arguments, 2) / "model" / "model.safetensors"
+    before = weights.read_bytes()
+    evaluated = []
+    run_training(make_arguments(num_steps=2, resume="auto"), evaluate=lambda engine: evaluated.append(1) or {"x": 1.0})
+    assert evaluated == [1] and weights.read_bytes() == before
+    with pytest.raises(UserError, match="is at step 2; give --num_steps of that or more"):
+        run_training(make_arguments(num_steps=1, resume="auto"))
+
+
+def test_another_run_can_begin_with_a_checkpoint(make_arguments, run_training, checkpoint_folder):
+    first = make_arguments(model_name="first", num_steps=4, save_steps=2)
+    run_training(first)
+    other = make_arguments(model_name="other", num_steps=4, resume=str(checkpoint_folder(first, 2)))
+    run_training(other)
+    one, two = (checkpoint_folder(arguments, 4) / "optimizer.safetensors" for arguments in (first, other))
+    assert one.read_bytes() == two.read_bytes()
+    assert checkpoint_names(first.run_folder) == ["step-00000002", "step-00000004"]
+
+
+def test_going_back_to_an_earlier_checkpoint_keeps_what_is_written_then(
+    make_arguments, run_training, checkpoint_folder
+):
+    arguments = make_arguments(num_steps=8, save_steps=2, save_total_limit=3)
+    run_training(arguments)
+    assert checkpoint_names(arguments.run_folder) == ["step-00000004", "step-00000006", "step-00000008"]
+    back = make_arguments(num_steps=5, save_steps=0, save_total_limit=2, resume=str(checkpoint_folder(arguments, 4)))
+    run_training(back)
+    assert checkpoint_names(arguments.run_folder) == ["step-00000004", "step-00000005"]
+    assert choose_checkpoint(make_arguments(resume="auto"), Accelerator(cpu=True)) == checkpoint_folder(arguments, 5)
+
+
+def test_going_back_keeps_the_ancestor_and_drops_the_abandoned_branch(make_arguments, run_training, checkpoint_folder):
+    arguments = make_arguments(num_steps=6, save_steps=2, save_total_limit=3)
+    run_training(arguments)
+    assert checkpoint_names(arguments.run_folder) == ["step-00000002", "step-00000004", "step-00000006"]
+    second = str(checkpoint_folder(arguments, 2))
+    run_training(make_arguments(num_steps=7, save_steps=0, save_total_limit=2, resume=second))
+    assert checkpoint_names(arguments.run_folder) == ["step-00000002", "step-00000007"]
+
+
+def test_what_changed_since_the_checkpoint_is_said(make_arguments, run_training, capsys):
+    run_training(make_arguments(num_steps=2))
+    run_training(make_arguments(num_steps=3, resume="auto", learning_rate=1e-3))
+    said = [line.strip() for line in capsys.readouterr().out.splitlines() if "changed since then" in line]
+    assert said == [
+        "changed since then: learning_rate 0.003 -> 0.001",
+        "changed since then: num_steps 2 -> 3",
+        "changed since then: scheduler_num_steps 2 -> 3",
+    ]
