@@ -6,6 +6,7 @@ what it needs when it runs.
 
 import argparse
 import difflib
+import json
 import math
 import re
 import sys
@@ -21,6 +22,7 @@ from .files import new_folder, require_free
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+    from .planning import Plan
     from .profiling import MemoryUse, OperatorTime, Profile
     from .tokenization import TokenizerReport
 
@@ -67,8 +69,10 @@ def main(argv: list[str] | None = None) -> None:
     subparsers = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
     add_tokenizer_parser(subparsers)
     add_fill_mask_parser(subparsers)
+    add_read_parser(subparsers)
     add_report_parser(subparsers)
     add_profile_parser(subparsers)
+    add_plan_parser(subparsers)
     add_verify_engines_parser(subparsers)
     add_convert_parser(subparsers)
     arguments = parser.parse_args(argv)
@@ -146,6 +150,33 @@ def add_fill_mask_parser(subparsers) -> None:
     parser.set_defaults(run=fill_mask_verb)
 
 
+def add_read_parser(subparsers) -> None:
+    """Add `mixlm read`."""
+    parser = subparsers.add_parser(
+        "read",
+        help="answer questions about texts with a model trained by run_mrc.py",
+        description=(
+            "Answer a question about a text, or the questions of a SQuAD-style file or of JSON lines with "
+            '"question" and "context", one answer a line.'
+        ),
+        epilog=(
+            'examples:\n  mixlm read --model my-reader --question "언제 났나?" --context "그는 1397년에 태어났다."\n'
+            "  mixlm read --model my-reader --file questions.jsonl --json > answers.jsonl"
+        ),
+    )
+    parser.add_argument("--model", required=True, metavar="DIR", help="a reader's folder, or its name on the Hub")
+    parser.add_argument("--question", metavar="TEXT", help="a question")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--context", metavar="TEXT", help="the text that it is about")
+    source.add_argument("--context_file", type=Path, metavar="FILE", help="a file with that text")
+    source.add_argument("--file", type=Path, metavar="FILE", help="many questions: JSON lines, or SQuAD-style .json")
+    parser.add_argument("--batch_size", type=int, default=32, metavar="N", help="windows at once (default: 32)")
+    parser.add_argument(
+        "--json", action="store_true", help="JSON lines: id, text, start, end (characters), score, null_odds"
+    )
+    parser.set_defaults(run=read_verb)
+
+
 def add_report_parser(subparsers) -> None:
     """Add `mixlm report`."""
     parser = subparsers.add_parser(
@@ -184,6 +215,54 @@ def add_profile_parser(subparsers) -> None:
     parser.add_argument("--inference", action="store_true", help="the encoder's forward alone, without gradients")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="where to run (default: cuda where there is one)")
     parser.set_defaults(run=profile_verb)
+
+
+def add_plan_parser(subparsers) -> None:
+    """Add `mixlm plan`."""
+    parser = subparsers.add_parser(
+        "plan",
+        help="show what a training will need: memory by --zero, rows that fit, hours",
+        description=(
+            "Show, before a training is started, what a process will need of memory with each --zero, how many rows "
+            "fit and, after a short training where this machine has as many GPUs or cores, tokens/s and hours. No "
+            "memory is taken but by that training, so that a plan may be for a larger machine. The exit code is 2 if "
+            "nothing fits."
+        ),
+        epilog=(
+            "examples:\n  mixlm plan --preset mixlm-base\n"
+            "  mixlm plan --config_file large.json --device cuda --world_size 8 --device_memory 80GB --bf16"
+        ),
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--preset", metavar="NAME", help="a preset of either family")
+    source.add_argument("--config_file", metavar="JSON", help="a configuration of either family")
+    parser.add_argument("--task", choices=("SOP", "ICT"), default="SOP", help="default: %(default)s")
+    parser.add_argument(
+        "--zero", type=int, nargs="+", choices=range(4), metavar="0..3", help="default: all, with one process 0"
+    )
+    parser.add_argument("--sharding_backend", choices=("torch", "fairscale"), default="torch", help="default: torch")
+    parser.add_argument("--auto_wrap", action="store_true", help="full sharding by blocks, as in training")
+    parser.add_argument(
+        "--world_size", type=int, metavar="N", help="processes (default: the GPUs that are here, or 1)"
+    )
+    parser.add_argument(
+        "--device_memory", metavar="SIZE", help="of a process, such as 80GB (default: its share of what is free here)"
+    )
+    precision = parser.add_mutually_exclusive_group()
+    precision.add_argument("--fp16", action="store_true", help="matrix products in fp16")
+    precision.add_argument("--bf16", action="store_true", help="matrix products in bf16")
+    for option, default, what in (
+        ("train_batch_size", 0, "rows of a forward pass of a process; 0 = as many as fit"),
+        ("gradient_accumulation_steps", 1, "forward passes of a step"),
+        ("max_seq_length", 128, "tokens of a row"),
+        ("num_steps", 10_000, "optimizer steps"),
+        ("probe_steps", 20, "steps of the short training; 0 = none"),
+    ):
+        parser.add_argument(
+            f"--{option}", type=int, default=default, metavar="N", help=f"{what} (default: {default:,})"
+        )
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    parser.set_defaults(run=plan_verb)
 
 
 def add_verify_engines_parser(subparsers) -> None:
@@ -316,6 +395,45 @@ def fill_mask_verb(arguments: argparse.Namespace) -> None:
         print(_table([(answer["token_str"], f"{answer['score']:.1%}", "") for answer in of_mask]))
 
 
+def read_verb(arguments: argparse.Namespace) -> None:
+    """`mixlm read`."""
+    if (arguments.question is None) != (arguments.file is not None):
+        raise UserError("give --question with --context or --context_file, or --file alone")
+    if arguments.batch_size < 1:
+        raise UserError(f"--batch_size {arguments.batch_size}: must be 1 or more")
+    questions = _questions_to_read(arguments)
+    from transformers.utils.logging import disable_progress_bar
+
+    from .reader import MixLMReader
+
+    disable_progress_bar()
+    reader = MixLMReader.from_pretrained(arguments.model, batch_size=arguments.batch_size)
+    names, texts, contexts = zip(*questions, strict=True)
+    for name, answer in zip(names, reader.answers(texts, contexts), strict=True):
+        if arguments.json:
+            print(json.dumps({"id": name, **answer._asdict()}, ensure_ascii=False))
+        elif len(questions) == 1:
+            print(f"{answer.text or '(no answer)'}  {answer.score:.1%}  characters {answer.start} to {answer.end}")
+        else:
+            print(f"{name}  {answer.text or '(no answer)'}  {answer.score:.1%}")
+
+
+def _questions_to_read(arguments: argparse.Namespace) -> list[tuple[str, str, str]]:
+    """Id, question and context of each question that `mixlm read` was given."""
+    if arguments.file is None:
+        try:
+            context = arguments.context or arguments.context_file.read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--context_file {arguments.context_file}: cannot be read: {error}") from error
+        if not arguments.question.strip() or not context.strip():
+            raise UserError("--question and --context: both must hold text")
+        return [("", arguments.question, context)]
+    from .data.squad import read_squad
+
+    examples = read_squad(arguments.file, to_learn_from=False).examples
+    return [(example.id, example.question, example.context) for example in examples]
+
+
 def report_runs_verb(arguments: argparse.Namespace) -> None:
     """`mixlm report`."""
     from .training.report import last_values, plot_curves, read_curves
@@ -374,6 +492,130 @@ def profile_verb(arguments: argparse.Namespace) -> None:
     print(_table(_operator_rows(profile.operators, arguments.top)))
     print("\nmemory")
     print(_table(_memory_rows(profile.memory, arguments.inference)))
+
+
+def plan_verb(arguments: argparse.Namespace) -> None:
+    """`mixlm plan`."""
+    for option, least in (
+        *(("world_size", 1), ("train_batch_size", 0), ("gradient_accumulation_steps", 1)),
+        *(("max_seq_length", 8), ("num_steps", 1), ("probe_steps", 0)),
+    ):
+        value, most = getattr(arguments, option), 10_000 if option == "world_size" else 10**9
+        if value is not None and not least <= value <= most:
+            raise UserError(f"--{option} {value}: must be from {least} to {most:,}")
+    import torch
+    from tqdm import tqdm
+
+    from .planning import Setting, make_plans, probe, read_config, why_no_probe
+    from .training.batch_size import MARGIN
+    from .training.memory import MemoryMeter, parse_memory
+
+    name, length = arguments.preset or arguments.config_file, arguments.max_seq_length
+    if arguments.preset is not None:
+        _require_preset(arguments.preset)
+    config = read_config(name, pretraining_objective=arguments.task.lower())
+    if length > config.max_position_embeddings:
+        raise UserError(
+            f"--max_seq_length {length}: above max_position_embeddings={config.max_position_embeddings} of {name}"
+        )
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    ranks = arguments.world_size or (torch.cuda.device_count() if device == "cuda" else 1) or 1
+    if arguments.device_memory is not None:
+        memory = parse_memory("--device_memory", arguments.device_memory)
+    elif device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device_memory is missing: give that of a GPU, such as 80GB, for there is none here")
+    else:
+        memory = MemoryMeter(torch.device(device)).available() // (ranks if device == "cpu" else 1)
+    budget = int((1 - MARGIN) * memory)
+
+    precision = "fp16" if arguments.fp16 else "bf16" if arguments.bf16 else "fp32"
+    accumulates = arguments.gradient_accumulation_steps > 1
+    settings = [
+        Setting(zero, arguments.sharding_backend, arguments.auto_wrap, ranks, precision, accumulates, device)
+        for zero in sorted(set(arguments.zero or (range(4) if ranks > 1 else [0])))
+    ]
+    speeds: list[float | None] = []
+    reasons: list[str] = []
+    with tqdm(desc="planning", total=2 * len(settings), delay=2, leave=False, disable=None) as progress:
+        plans = []
+        for plan in make_plans(config, length, settings, arguments.train_batch_size, budget):
+            plans.append(plan)
+            progress.update()
+        for plan in plans:
+            speed, reason = None, why_no_probe(plan) if arguments.probe_steps else "--probe_steps 0"
+            if reason is None:
+                try:
+                    speed = probe(config, plan, length, arguments.probe_steps)
+                except UserError as error:
+                    reason = f"--zero {plan.setting.zero}: {error}"
+            speeds.append(speed)
+            reasons += [] if reason is None else [reason]
+            progress.update()
+
+    print(
+        f"{name}: {plans[0].numbers:,} parameters, {arguments.task}, {precision}, {length:,} tokens a row, "
+        f"{ranks:,} {'process' if ranks == 1 else 'processes'} on {device}"
+    )
+    print(
+        f"A process may use {budget / 1e6:,.0f} of {memory / 1e6:,.0f} MB. In MB, of the process that needs most, "
+        "when it needs most:"
+    )
+    print(_table(_plan_rows(plans, speeds, arguments, length)))
+    for reason in dict.fromkeys(reasons):
+        print(f"no tokens/s: {reason}")
+    if ranks == 1 and settings[-1].zero:
+        print("One process has nothing to share out: every --zero is as 0.")
+    fitting = [plan for plan in plans if plan.rows <= plan.most_rows]
+    if not fitting:
+        least = min(plans, key=lambda plan: plan.use.total)
+        raise UserError(
+            f"nothing fits: with --zero {least.setting.zero} a process needs {least.use.total / 1e6:,.0f} MB at the "
+            f"{least.use.moment}, and may use {budget / 1e6:,.0f}; use a smaller --train_batch_size or "
+            "--max_seq_length, --auto_wrap, more --world_size, or a smaller model"
+        )
+    print(f"--zero {fitting[0].setting.zero} is enough. Give run_pretraining.py, with corpus and tokenizer:")
+    print(f"  {_plan_flags(fitting[0], config.model_type, arguments)}")
+
+
+def _plan_rows(
+    plans: "list[Plan]", speeds: list[float | None], arguments: argparse.Namespace, length: int
+) -> list[tuple[str, ...]]:
+    kinds = ("parameters", "gradients", "optimizer", "activations", "exchange")
+    rows = [("zero", "rows", *kinds, "peak", "most rows", "tokens/s", "hours", "")]
+    texts = 1 if arguments.task == "SOP" else 2
+    for plan, speed in zip(plans, speeds, strict=True):
+        forward_passes = plan.setting.ranks * arguments.gradient_accumulation_steps * arguments.num_steps
+        tokens = texts * length * plan.rows * forward_passes
+        rows.append(
+            (
+                *(f"{plan.setting.zero}", f"{plan.rows:,}"),
+                *(f"{getattr(plan.use, kind) / 1e6:,.0f}" for kind in kinds),
+                *(f"{plan.use.total / 1e6:,.0f}", f"{plan.most_rows:,}"),
+                *(("-", "-") if speed is None else (f"{speed:,.0f}", f"{tokens / speed / 3600:,.1f}")),
+                f"{plan.use.moment}{'' if plan.rows <= plan.most_rows else ': does not fit'}",
+            )
+        )
+    return rows
+
+
+def _plan_flags(plan: "Plan", model_type: str, arguments: argparse.Namespace) -> str:
+    """What `run_pretraining.py` is to be given for a plan, without what is its default."""
+    setting = plan.setting
+    source = f"--preset {arguments.preset}" if arguments.preset else f"--config_file {arguments.config_file}"
+    flags = [
+        *(["--family switch"] if model_type == "mixlm_switch" else []),
+        *(source, f"--task {arguments.task}", f"--max_seq_length {arguments.max_seq_length}"),
+        *(f"--train_batch_size {plan.rows}", f"--num_steps {arguments.num_steps}"),
+    ]
+    if arguments.gradient_accumulation_steps > 1:
+        flags.append(f"--gradient_accumulation_steps {arguments.gradient_accumulation_steps}")
+    if setting.zero:
+        flags += [f"--zero {setting.zero}", f"--sharding_backend {setting.sharding_backend}"]
+    if setting.auto_wrap and setting.zero >= 2:
+        flags.append("--auto_wrap")
+    if setting.precision != "fp32":
+        flags.append(f"--{setting.precision}")
+    return " ".join(flags)
 
 
 def verify_engines_verb(arguments: argparse.Namespace) -> None:
@@ -487,17 +729,22 @@ def _significant(value: float) -> str:
 def _model_to_profile(arguments: argparse.Namespace, length: int) -> "PreTrainedModel":
     from transformers.utils.logging import disable_progress_bar
 
-    from .configuration import preset_names
     from .profiling import preset_model, saved_model
 
     if arguments.model is not None:
         disable_progress_bar()
         return saved_model(arguments.model, length, arguments.inference)
-    names = preset_names()
-    if arguments.preset not in names:
-        hint = _did_you_mean(arguments.preset, names) or f"; presets: {', '.join(names)}"
-        raise UserError(f"--preset {arguments.preset}: unknown preset{hint}")
+    _require_preset(arguments.preset)
     return preset_model(arguments.preset, length, arguments.inference)
+
+
+def _require_preset(name: str) -> None:
+    from .configuration import preset_names
+
+    names = preset_names()
+    if name not in names:
+        hint = _did_you_mean(name, names) or f"; presets: {', '.join(names)}"
+        raise UserError(f"--preset {name}: unknown preset{hint}")
 
 
 def _setting_rows(model: "PreTrainedModel", rows: int, length: int, threads: int) -> list[tuple[str, str, str]]:

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import (
     AlbertConfig,
@@ -130,5 +129,3 @@ def parameter_counts(model: nn.Module) -> dict[str, int]:
     total = sum(parameter.numel() for parameter in model.parameters())
     tables = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
     return {"parameters": total, "non_embedding_parameters": total - sum(table.numel() for table in tables)}
-
-

@@ -8,9 +8,9 @@ A line of a table is a run for each of its seeds:
     {"name": "masking 30%", "model": "mixlm", "fields": {}, "arguments": {"mlm_probability": 0.3}, "minutes": 4,
      "seeds": [1, 2, 3]}
 
-`model` is a name in models.py, `fields` are of its configuration, `arguments` of run_pretraining.py, and the budget is
-`minutes` of CPU time, `tokens`, or `steps`. Every run has one thread. Results are lines of results.jsonl; what is there
-already is not made again, and a run that was killed goes on from its last checkpoint.
+`model` is a name in models.py, `fields` are of its configuration, `arguments` of run_pretraining.py, and the budget
+is `minutes` of CPU time, `tokens`, or `steps`. Every run has one thread. Results are lines of results.jsonl; what is
+there already is not made again, and a run that was killed goes on from its last checkpoint.
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """One run of a study: `python train_one.py SPECIFICATION.json FOLDER`; what came of it is in FOLDER/result.json.
 
-It is the loop, the data and the held-out loss of run_pretraining.py. What is added is the budget: CPU time, which other
-programs on the machine do not use up, becomes a number of steps by timing a few of them first. Killed and started
-again, it goes on from its last checkpoint.
+It is the loop, the data and the held-out loss of run_pretraining.py. What is added is the budget: CPU time, which
+other programs on the machine do not use up, becomes a number of steps by timing a few of them first. Killed and
+started again, it goes on from its last checkpoint.
 """
 
 import json
@@ -18,8 +18,6 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from run_pretraining import OBJECTIVES, build_examples
-
 from mixlm.data.batching import LengthBucketedBatches, Position, evaluation_batches, training_batches
 from mixlm.data.examples import SentenceOrderExamples
 from mixlm.data.store import TokenizedCorpus, open_corpus
@@ -32,6 +30,7 @@ from mixlm.training.loop import train
 from mixlm.training.objectives import Batch
 from mixlm.training.run import CHECKPOINTS, prepare_run
 from mixlm.training.sharding import Engine
+from run_pretraining import OBJECTIVES, build_examples
 
 # What a run is unless its specification says otherwise.
 DEFAULTS = {"max_seq_length": 64, "train_batch_size": 16, "learning_rate": 1e-3}

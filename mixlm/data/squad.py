@@ -95,7 +95,7 @@ def read_squad(paths: str | PathLike | Iterable[str | PathLike], *, to_learn_fro
 
     Args:
         paths: a file, a folder that is searched recursively (hidden files are left out), or a list of these.
-        to_learn_from: refuse data in which no question has an answer.
+        to_learn_from: refuse data in which no question has an answer. Otherwise questions need not have `answers`.
 
     Returns:
         The questions. Each entry of `data` is an article; of `.jsonl` files all lines of the same title are one.
@@ -106,23 +106,23 @@ def read_squad(paths: str | PathLike | Iterable[str | PathLike], *, to_learn_fro
     """
     paths = [paths] if isinstance(paths, str | PathLike) else list(paths)
     files = [file for path in paths for file in reading_files(path)]
-    collected = _Collector()
+    collected = _Collector(to_learn_from)
     for file in files:
         if _plain_suffix(file) == ".jsonl":
             for row in _read_lines(file):
                 collected.add_row(row)
         else:
             collected.add_articles(_read_document(file))
-    return collected.result(", ".join(map(fspath, paths)), to_learn_from)
+    return collected.result(", ".join(map(fspath, paths)))
 
 
 def read_rows(rows: Iterable[Mapping], name: str) -> ReadingData:
     """Take the questions of a `datasets` dataset, or of other rows with the columns of SQuAD there.
 
     Args:
-        rows: mappings with `id`, `title`, `context`, `question` and `answers` (two lists `text` and `answer_start`, or
-            a list of objects with both). `is_impossible` is optional: without it, a question without answers is
-            unanswerable. Rows of the same title are one article.
+        rows: mappings with `id`, `context`, `question` and `answers` (two lists `text` and `answer_start`, or a list
+            of objects with both). `is_impossible` is optional: without it, a question without answers is
+            unanswerable. Rows of the same `title`, or without one, are one article.
         name: of the dataset, for messages.
 
     Returns:
@@ -131,10 +131,10 @@ def read_rows(rows: Iterable[Mapping], name: str) -> ReadingData:
     Raises:
         UserError: as `read_squad`.
     """
-    collected = _Collector()
+    collected = _Collector(to_learn_from=True)
     for number, row in enumerate(rows):
         collected.add_row(_Node(row, f"{name}, row {number}"))
-    return collected.result(name, to_learn_from=True)
+    return collected.result(name)
 
 
 def reading_files(path: str | PathLike) -> list[Path]:
@@ -289,7 +289,8 @@ class _Node:
 class _Collector:
     """Takes questions in and checks what is the same for every form of file."""
 
-    def __init__(self):
+    def __init__(self, to_learn_from: bool):
+        self.to_learn_from = to_learn_from
         self.examples: list[ReadingExample] = []
         self.skipped: list[SkippedAnswer] = []
         self.repaired_answers = 0
@@ -307,14 +308,14 @@ class _Collector:
             self._articles += 1
 
     def add_row(self, row: _Node) -> None:
-        title = row["title"].text()
+        title = row["title"].text() if "title" in row else ""
         if title not in self._article_of_title:
             self._article_of_title[title] = self._articles
             self._articles += 1
         self._add(row, title, _context(row), self._article_of_title[title])
 
-    def result(self, name: str, to_learn_from: bool) -> ReadingData:
-        if to_learn_from and not any(example.answers for example in self.examples):
+    def result(self, name: str) -> ReadingData:
+        if self.to_learn_from and not any(example.answers for example in self.examples):
             raise UserError(
                 f"{name}: none of the {len(self.examples)} questions has an answer that is in its context; "
                 "give data with answers"
@@ -333,7 +334,8 @@ class _Collector:
 
         # Some data has plausible answers of unanswerable questions in this place.
         is_impossible = "is_impossible" in node and node["is_impossible"].truth()
-        given = [] if is_impossible else list(_given_answers(node["answers"]))
+        has_none = is_impossible or not (self.to_learn_from or "answers" in node)
+        given = [] if has_none else list(_given_answers(node["answers"]))
         if not given and not is_impossible and "is_impossible" in node:
             raise UserError(
                 f"{node['answers']}: no answer although is_impossible is false; give an answer or set it to true"

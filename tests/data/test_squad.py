@@ -331,11 +331,17 @@ class TestRefused:
 
     def test_rows(self):
         bad = row("q", "A", ("서울", 0))
-        del bad["title"]
-        assert "rows, row 0: title is missing" in refused(read_rows, [bad], "rows")
+        del bad["question"]
+        assert "rows, row 0: question is missing" in refused(read_rows, [bad], "rows")
         bad = row("q", "A", ("서울", 0))
         bad["answers"]["text"].append("수도")
         assert "answers: 2 text and 1 answer_start" in refused(read_rows, [bad], "rows")
+
+    def test_questions_that_are_only_asked_need_no_answers(self, tmp_path):
+        file = write_lines(tmp_path / "a.jsonl", {"id": "q", "question": "어디?", "context": "서울"})
+        (found,) = read_squad(file, to_learn_from=False).examples
+        assert (found.id, found.question, found.context, found.answers) == ("q", "어디?", "서울", ())
+        assert "answers is missing" in refused(read_squad, file)
 
     def test_no_answer_at_all(self, tmp_path):
         file = write(

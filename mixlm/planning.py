@@ -1,0 +1,604 @@
+"""What a training will need, before it is started: what `mixlm plan` shows.
+
+Parameters, gradients and AdamW's moments are shares of known sizes (`training.sharding` says how each engine spreads
+them). All else that a step keeps alive is found by running one on torch's FakeTensors, which have shapes and no
+content: it takes no memory, whatever the size of the model. It grows with the rows of the batch along a straight
+line, for which two such steps are enough. The peak is the largest sum of both at any moment of a step.
+docs/planning.md says how near that comes.
+"""
+
+import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import weakref
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForPreTraining, PreTrainedConfig
+
+from .configuration import MixLMConfig, MixLMSwitchConfig, preset_names
+from .data.batching import Position
+from .errors import UserError, exits_on_user_error
+from .kernels import TOKENS_PER_BLOCK
+from .profiling import MASKED_SHARE, random_batch
+from .training.arguments import TrainingArguments
+from .training.batch_size import MOST_ROWS
+from .training.loop import train
+from .training.memory import MemoryMeter
+from .training.objectives import Batch, InverseClozeObjective, SentenceOrderObjective
+from .training.optimization import AdamW
+from .training.precision import autocast
+from .training.run import prepare_run
+from .training.sharding import sharding_units
+
+BYTES = 4  # of a number in a parameter, gradient or moment: float32, whatever the precision of the products
+MOMENTS = 2  # of AdamW, for each parameter
+
+
+class Setting(NamedTuple):
+    """How a model is to be trained.
+
+    Args:
+        zero, sharding_backend, auto_wrap: as in `TrainingArguments`.
+        ranks: processes that train together.
+        precision: "fp32", "bf16" or "fp16".
+        accumulates: whether an optimizer step has several forward passes.
+        device: "cpu" or "cuda".
+    """
+
+    zero: int = 0
+    sharding_backend: str = "torch"
+    auto_wrap: bool = False
+    ranks: int = 1
+    precision: str = "fp32"
+    accumulates: bool = False
+    device: str = "cpu"
+
+    @property
+    def is_fully_sharded(self) -> bool:
+        """Whether every parameter is cut into as many pieces as there are ranks (see `sharding.build_engine`)."""
+        by_owner = self.sharding_backend == "fairscale" and not self.auto_wrap
+        return self.ranks > 1 and self.zero >= (3 if by_owner else 2)
+
+    @property
+    def is_wrapped(self) -> bool:
+        """Whether blocks of the model are gathered and freed one at a time."""
+        return self.is_fully_sharded and self.auto_wrap
+
+
+class Use(NamedTuple):
+    """Bytes of a rank at one moment of a step, by kind.
+
+    Args:
+        moment: "start" (before the first step), "forward", "backward", "reduce" or "update".
+        parameters, gradients, optimizer: what the rank keeps of each.
+        activations: what the forward pass keeps for the backward pass, and results that live for a short time.
+        exchange: whole parameters and gradients that are there only for a while, and buffers to send and receive.
+    """
+
+    moment: str
+    parameters: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    activations: int = 0
+    exchange: int = 0
+
+    @property
+    def total(self) -> int:
+        """Bytes of all kinds."""
+        return sum(self[1:])
+
+
+# -- a step without content ------------------------------------------------------------------------------------------
+
+
+class Parameter(NamedTuple):
+    """Of a parameter what counts here.
+
+    Args:
+        shape: its own.
+        unit: the number of its sharding unit; the root has the last.
+        group: the number of its group in AdamW.
+    """
+
+    shape: torch.Size
+    unit: int
+    group: int
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return BYTES * self.shape.numel()
+
+
+class Step(NamedTuple):
+    """What a step of one process keeps alive beside parameters, moments and complete gradients.
+
+    Args:
+        rows: of its batch.
+        parameters: of the model, in AdamW's order.
+        forward: bytes, the most at any time of the forward pass.
+        backward: in the order in which gradients are completed, for each the number of its parameter, and the most
+            bytes since the one before.
+    """
+
+    rows: int
+    parameters: list[Parameter]
+    forward: int
+    backward: list[tuple[int, int]]
+
+
+def simulate_step(config: PreTrainedConfig, rows: int, length: int, setting: Setting) -> Step:
+    """Run a pretraining step on tensors without content.
+
+    Args:
+        config: of the model.
+        rows, length: of the batch, all real tokens, 15% of them to be predicted; for ICT of the contexts too.
+        setting: of it counts what the step of one process depends on: precision, device, and whether blocks are
+            wrapped, for then the plain kernels run.
+    """
+    config = type(config).from_dict(config.to_dict())
+    on_cpu = setting.device == "cpu"
+    if setting.is_wrapped or (config.kernels == "auto" and not on_cpu):
+        config.kernels = "plain"
+    with ExitStack() as stack:
+        # The device is a CPU, for torch may have been built without CUDA. What differs there is said by hand.
+        stack.enter_context(FakeTensorMode())
+        stack.enter_context(_WithoutContent(setting))
+        if not on_cpu:
+            stack.enter_context(mock.patch("mixlm.kernels.draws_from_seed", return_value=False))
+        for module in ("modeling_mixlm", "modeling_switch"):
+            # A new model is bare; but the parameters have another class, and so the fused kernels would not run.
+            stack.enter_context(mock.patch(f"mixlm.{module}.is_bare", return_value=True))
+        model = AutoModelForPreTraining.from_config(config, dtype=torch.float32).train()
+        unit_of = {each: number for number, unit in enumerate(sharding_units(model)) for each in unit.parameters}
+        groups = AdamW(learning_rate=0.0, weight_decay=0.0, epsilon=0.0).groups(model)
+        group_of = {each: number for number, group in enumerate(groups) for each in group["params"]}
+        backward: list[tuple[int, int]] = []
+        with _LiveMemory() as memory:
+
+            def complete(number: int, gradient: Tensor) -> None:
+                backward.append((number, memory.restart()))
+                memory.disregard(gradient)
+
+            for number, parameter in enumerate(group_of):
+                parameter.register_post_accumulate_grad_hook(
+                    lambda parameter, number=number: complete(number, parameter.grad)
+                )
+            with autocast(setting.precision, torch.device("cpu")):
+                loss = model(**random_batch(config, rows, length)).loss
+            forward = memory.restart()
+            loss.backward()
+    parameters = [Parameter(each.shape, unit_of[each], group) for each, group in group_of.items()]
+    return Step(rows, parameters, forward, backward)
+
+
+class _WithoutContent(TorchFunctionMode):
+    """Answers the few questions of a forward pass that only content could answer: of the tokens 15% are labelled, all
+    are real, and each expert gets as many as any other.
+
+    For CUDA it also does what differs there: dropout keeps a mask of one byte a number, and under autocast softmax
+    and LayerNorm are computed in float32 (torch's documentation of autocast lists both).
+    """
+
+    def __init__(self, setting: Setting):
+        super().__init__()
+        self.on_cuda, self.in_16_bits = setting.device == "cuda", setting.precision != "fp32"
+        self.tokens_of_an_expert = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is Tensor.bincount:
+            experts = kwargs["minlength"] - 1  # the last are the tokens that none gets
+            self.tokens_of_an_expert = args[0].numel() // experts
+            return args[0].new_empty(experts + 1)
+        if function is Tensor.item:
+            return self.tokens_of_an_expert
+        if function is Tensor.__int__:  # a seed
+            return 0
+        if function is Tensor.__bool__:  # whether all tokens are real
+            return True
+        if function is Tensor.__getitem__ and isinstance(args[1], Tensor) and args[1].dtype == torch.bool:
+            hidden, labelled = args
+            number = max(1, round(MASKED_SHARE * labelled.numel()))
+            return hidden.flatten(0, labelled.dim() - 1)[torch.zeros(number, dtype=torch.long)]
+        if self.on_cuda and function is F.dropout:
+            return torch.native_dropout(args[0], kwargs["p"], True)[0]
+        if self.on_cuda and self.in_16_bits and function in (F.layer_norm, F.softmax, Tensor.softmax):
+            args = (args[0].float(), *args[1:])
+        return function(*args, **kwargs)
+
+
+class _LiveMemory(TorchDispatchMode):
+    """Counts the bytes that operators make and that are not freed yet."""
+
+    def __init__(self):
+        super().__init__()
+        self._now = self._most = 0
+        self._sizes: dict[int, int] = {}  # of live storages, by address
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        in_backward = torch._C._current_graph_task_id() != -1
+        if operator is torch.ops.aten.add.Tensor and in_backward and not args[0]._is_view():
+            # Gradients that meet. Without a dispatch mode torch adds them in place where nothing else has the memory.
+            operator = torch.ops.aten.add_.Tensor
+        given = {storage._cdata for storage in _storages((args, kwargs))}
+        result = operator(*args, **(kwargs or {}))
+        for storage in _storages(result):
+            if storage._cdata not in given and storage._cdata not in self._sizes:
+                self._sizes[storage._cdata] = storage.nbytes()
+                self._now += storage.nbytes()
+                self._most = max(self._most, self._now)
+                weakref.finalize(storage, self._forget, storage._cdata).atexit = False
+        return result
+
+    def _forget(self, address: int) -> None:
+        self._now -= self._sizes.pop(address, 0)
+
+    def disregard(self, tensor: Tensor) -> None:
+        """Count the memory of a tensor no longer."""
+        self._forget(tensor.untyped_storage()._cdata)
+        self._most = self._now
+
+    def restart(self) -> int:
+        """The most bytes that were alive at once since the last call."""
+        most, self._most = self._most, self._now
+        return most
+
+
+def _storages(values: Any) -> Iterator[torch.UntypedStorage]:
+    """The memory of all tensors in nested values; empty ones have none."""
+    storages = (value.untyped_storage() for value in tree_leaves(values) if isinstance(value, Tensor))
+    return (storage for storage in storages if storage.nbytes())
+
+
+# -- how the engines spread it over the ranks ------------------------------------------------------------------------
+
+
+def peak_use(step: Step, setting: Setting) -> Use:
+    """What the rank that has most needs, at the moment when it is most; the moments of AdamW are there."""
+    uses = _fully_sharded_uses(step, setting) if setting.is_fully_sharded else _whole_uses(step, setting)
+    return max(uses, key=lambda use: use.total)
+
+
+def _whole_uses(step: Step, setting: Setting) -> Iterator[Use]:
+    """Of the engines that keep all parameters on every rank: one process, DistributedDataParallel, and
+    ShardedDataParallel, which hands a gradient that is complete to its owner."""
+    everything = _size(step.parameters, range(len(step.parameters)))
+    own = max(owned(step.parameters, setting), key=lambda numbers: _size(step.parameters, numbers))
+    optimizer = MOMENTS * _size(step.parameters, own)
+    by_owner = setting.ranks > 1 and setting.zero == 2
+    in_buckets = setting.ranks > 1 and not by_owner
+    # How often a gradient is there before it is complete: DistributedDataParallel's buckets always have room for it,
+    # and what was accumulated lies beside them until it is exchanged.
+    before = in_buckets + setting.accumulates
+    kept = before * everything
+    yield Use("forward", everything, kept, optimizer, step.forward)
+    for number, alive in step.backward:
+        yield Use("backward", everything, kept, optimizer, alive)
+        after = number in own or not by_owner
+        kept += (after - before) * step.parameters[number].size
+    yield Use("update", everything, kept, optimizer)
+
+
+def owned(parameters: list[Parameter], setting: Setting) -> list[set[int]]:
+    """The numbers of the parameters that each rank updates; all of them where nothing is shared out.
+
+    Both libraries go through AdamW's groups and give each parameter to the rank that has least so far; torch begins
+    with the largest of a group (ZeroRedundancyOptimizer._partition_parameters, fairscale's OSS.partition_parameters).
+    """
+    numbers = range(len(parameters))
+    if setting.zero == 0 or setting.ranks == 1:
+        return [set(numbers)]
+    if setting.sharding_backend == "torch":
+        numbers = sorted(numbers, key=lambda number: (parameters[number].group, -parameters[number].size))
+    numbers_of: list[set[int]] = [set() for _ in range(setting.ranks)]
+    sizes = [0] * setting.ranks
+    for number in numbers:
+        rank = sizes.index(min(sizes))
+        numbers_of[rank].add(number)
+        sizes[rank] += parameters[number].size
+    return numbers_of
+
+
+def _fully_sharded_uses(step: Step, setting: Setting) -> Iterator[Use]:
+    """Of FSDP: every rank keeps its part of everything, and a unit is whole while it is used.
+
+    torch gathers into one buffer and copies from there, keeping the buffer until the next unit in the forward pass; in
+    the backward pass it gathers a unit ahead, and copies gradients into a buffer to reduce them, which it keeps until
+    the next (torch/distributed/fsdp/_fully_shard/_fsdp_param_group.py). fairscale gathers in place, but joins the
+    gradients of a unit into one tensor, and copies that to reduce it. gloo, on a CPU, copies once more what it gathers
+    or reduces.
+    """
+    by_torch, keeps = setting.sharding_backend == "torch", setting.zero == 2
+    by_gloo = int(setting.device == "cpu")
+    sizes = unit_sizes(step.parameters, setting)
+    everything, root, largest = sum(sizes), sizes[-1], max(sizes[:-1], default=0)
+    part = everything // setting.ranks
+    yield Use("start", everything + part)  # every rank makes the whole model, and then its part
+
+    def use(moment: str, reduced: int, activations: int, exchange: int) -> Use:
+        return Use(moment, part, reduced // setting.ranks, MOMENTS * part, activations, exchange)
+
+    if not by_torch:
+        buffers = by_gloo * largest
+    elif setting.auto_wrap:
+        buffers = (1 + by_gloo) * largest
+    else:
+        buffers = root
+    gathered = everything if keeps else root + largest
+    again = 0 if keeps else (2 if by_torch else 1 + by_gloo) * root  # the root is gathered for the backward pass
+    whole = list(sizes) if setting.accumulates else [0] * len(sizes)  # gradients, until those of a unit are reduced
+    yield use("forward", 0, step.forward, max(gathered + buffers, again) + sum(whole))
+
+    buffers = (1 if keeps else 2) * largest if by_torch else largest
+    units = _units(step.parameters, setting)
+    to_come = Counter(units)  # gradients of each unit that are not complete
+    reduced = 0
+    for number, alive in step.backward:
+        yield use("backward", reduced, alive, gathered + sum(whole) + buffers)
+        unit = units[number]
+        to_come[unit] -= 1
+        if to_come[unit] == 0:
+            whole[unit], reduced, gathered = 0, reduced + sizes[unit], gathered - (sizes[unit] if keeps else 0)
+        elif not setting.accumulates:
+            whole[unit] += step.parameters[number].size
+    yield use("reduce", everything, 0, (2 if by_torch else 2 + by_gloo) * root)
+    yield use("update", everything, 0, 0)
+
+
+def _units(parameters: list[Parameter], setting: Setting) -> list[int]:
+    """The number of the unit of each parameter; without `auto_wrap` there is one."""
+    return [parameter.unit if setting.auto_wrap else 0 for parameter in parameters]
+
+
+def unit_sizes(parameters: list[Parameter], setting: Setting) -> list[int]:
+    """Bytes of each sharding unit, the root last, with what makes it divisible by the ranks: torch cuts each parameter
+    along its first dimension, fairscale a unit as a whole."""
+    ranks, units = setting.ranks, _units(parameters, setting)
+    sizes = [0] * (1 + max(units))
+    for parameter, unit in zip(parameters, units, strict=True):
+        first, size = parameter.shape[0], parameter.size
+        sizes[unit] += size // first * (-(-first // ranks) * ranks) if setting.sharding_backend == "torch" else size
+    return [-(-size // (BYTES * ranks)) * BYTES * ranks for size in sizes]
+
+
+def _size(parameters: list[Parameter], numbers: Iterable[int]) -> int:
+    """Bytes of the parameters with these numbers."""
+    return sum(parameters[number].size for number in numbers)
+
+
+# -- the rows for which there is memory ------------------------------------------------------------------------------
+
+
+class Plan(NamedTuple):
+    """What a setting needs.
+
+    Args:
+        setting: as it was given.
+        rows: of a rank's batch.
+        use: of the rank that has most, at the moment when it is most.
+        most_rows: the largest batch that fits; 0 where a single row does not.
+        numbers: in the parameters of the model.
+    """
+
+    setting: Setting
+    rows: int
+    use: Use
+    most_rows: int
+    numbers: int
+
+
+def make_plans(
+    config: PreTrainedConfig, length: int, settings: list[Setting], rows: int, budget: int
+) -> Iterator[Plan]:
+    """What each setting needs.
+
+    Args:
+        config: of the model.
+        length: tokens of a row.
+        settings: how it may be trained; they differ in nothing but zero.
+        rows: of a rank's batch; 0 = as many as fit, or one where none does.
+        budget: bytes that a rank may use.
+    """
+    steps: dict[bool, tuple[Step, Step]] = {}
+    fewest = -(-TOKENS_PER_BLOCK // length)  # the buffers of the fused kernels grow up to that
+    for setting in settings:
+        if setting.is_wrapped not in steps:
+            steps[setting.is_wrapped] = (
+                simulate_step(config, fewest, length, setting),
+                simulate_step(config, 4 * fewest, length, setting),
+            )
+
+        def use_of(rows: int, setting: Setting = setting) -> Use:
+            return peak_use(at_rows(*steps[setting.is_wrapped], rows), setting)
+
+        most_rows = bisect_right(range(1, MOST_ROWS + 1), budget, key=lambda rows: use_of(rows).total)
+        planned = rows or max(most_rows, 1)
+        numbers = sum(each.shape.numel() for each in steps[setting.is_wrapped][0].parameters)
+        yield Plan(setting, planned, use_of(planned), most_rows, numbers)
+
+
+def at_rows(first: Step, second: Step, rows: int) -> Step:
+    """A step of so many rows, by the straight line through two others."""
+
+    def line(one: int, other: int) -> int:
+        return one + (other - one) * (rows - first.rows) // (second.rows - first.rows)
+
+    backward = [
+        (number, line(one, other)) for (number, one), (_, other) in zip(first.backward, second.backward, strict=True)
+    ]
+    return Step(rows, first.parameters, line(first.forward, second.forward), backward)
+
+
+# -- the same, measured ----------------------------------------------------------------------------------------------
+
+WARM_UP_STEPS = 2  # libraries are loaded, the moments made, DistributedDataParallel's buckets made anew
+PROBE_TOKENS = 2048  # of a batch on a CPU: larger ones take long and are not faster
+
+
+class Measurement(NamedTuple):
+    """What a training showed.
+
+    Args:
+        peak_bytes: by which the memory of the rank that has most grew from before the model was made.
+        tokens_per_second: of all ranks together.
+    """
+
+    peak_bytes: int
+    tokens_per_second: float
+
+
+def measure(config: PreTrainedConfig, rows: int, length: int, setting: Setting, steps: int) -> Measurement:
+    """Train on random ids on this machine, with the loop of a real run, in processes of their own.
+
+    Args:
+        config: of the model.
+        rows, length: of a rank's batch.
+        setting: on which device is for this machine to say.
+        steps: how many to measure.
+
+    Raises:
+        UserError: the training failed, for want of memory perhaps.
+    """
+    # Freed memory goes back at once, so that a peak is what is in use.
+    memory = {"MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    threads = "1" if setting.ranks > 1 else str(os.cpu_count())  # as torchrun, and as python alone
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(setting.ranks)]
+    with tempfile.TemporaryDirectory(prefix="mixlm-plan-") as folder:
+        config.to_json_file(Path(folder) / "config.json", use_diff=False)
+        task = json.dumps({"rows": rows, "length": length, "steps": steps, "setting": setting._asdict()})
+        done = subprocess.run(
+            [sys.executable, *launch, "-m", "mixlm.planning", folder, task],
+            env={"OMP_NUM_THREADS": threads, **os.environ, **memory},
+            capture_output=True,
+            text=True,
+            errors="replace",
+        )
+        if done.returncode:
+            errors = [
+                line.strip() for line in done.stderr.splitlines() if "rror" in line and "ChildFailed" not in line
+            ]
+            raise UserError(f"the measurement failed: {errors[0] if errors else f'exit code {done.returncode}'}")
+        return Measurement(*json.loads((Path(folder) / "measured.json").read_text("utf-8")))
+
+
+def why_no_probe(plan: Plan) -> str | None:
+    """Why this machine cannot show how fast a plan is; None where it can."""
+    setting, gpus = plan.setting, torch.cuda.device_count()
+    device = torch.device("cuda" if gpus else "cpu")
+    here = gpus or os.cpu_count()
+    if setting.device != device.type:
+        return f"planned for {setting.device}, and this machine trains on {device.type}"
+    if setting.ranks > here:
+        return f"{setting.ranks:,} processes are planned, and this machine has {here} {'GPUs' if gpus else 'cores'}"
+    if plan.rows > plan.most_rows or plan.use.total * (1 if gpus else setting.ranks) > MemoryMeter(device).available():
+        return f"--zero {setting.zero} does not fit on this machine"
+    return None
+
+
+def probe(config: PreTrainedConfig, plan: Plan, length: int, steps: int) -> float:
+    """Tokens a second of all ranks of a plan together; errors as in `measure`.
+
+    A CPU gets no more rows than make PROBE_TOKENS, a GPU all.
+    """
+    most_rows = plan.rows if plan.setting.device == "cuda" else max(1, PROBE_TOKENS // length)
+    return measure(config, min(plan.rows, most_rows), length, plan.setting, steps).tokens_per_second
+
+
+class _Enough(Exception):
+    """Ends a training without a checkpoint."""
+
+
+@exits_on_user_error
+def main(folder: str, task: str) -> None:
+    """A process of `measure`: trains a tiny model, which loads every library, and then that of the task."""
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    asked = json.loads(task)
+    setting = Setting(**asked["setting"])
+    config = read_config(Path(folder) / "config.json")
+    tiny = type(config).from_preset("mixlm-tiny" if isinstance(config, MixLMConfig) else "mixlm-switch-tiny")
+    tiny.pretraining_objective = config.pretraining_objective
+    _train(folder, "warm-up", tiny, 2, 16, 1, setting)
+    measured = _train(folder, "measured", config, asked["rows"], asked["length"], asked["steps"], setting)
+    if int(os.environ["RANK"]) == 0:
+        (Path(folder) / "measured.json").write_text(json.dumps(measured), "utf-8")
+
+
+def _train(
+    folder: str, name: str, config: PreTrainedConfig, rows: int, length: int, steps: int, setting: Setting
+) -> Measurement:
+    micro_batches = 2 if setting.accumulates else 1
+    arguments = TrainingArguments(
+        model_name=name,
+        output_dir=folder,
+        train_batch_size=rows,
+        gradient_accumulation_steps=micro_batches,
+        num_steps=sys.maxsize,
+        zero=setting.zero,
+        sharding_backend=setting.sharding_backend,
+        auto_wrap=setting.auto_wrap,
+        bf16=setting.precision == "bf16",
+        fp16=setting.precision == "fp16",
+    )
+    accelerator = prepare_run(arguments)
+    memory = MemoryMeter(accelerator.device)
+    gc.collect()
+    before, peak, seconds = memory.level(), 0, 0.0
+
+    def batches(position: Position) -> Iterator[tuple[Position, list[Batch]]]:
+        nonlocal peak, seconds
+        for number in range(WARM_UP_STEPS + steps):
+            if number == WARM_UP_STEPS:
+                memory.restart()
+                started = time.perf_counter()
+            yield Position(batch=number + 1), [random_batch(config, rows, length) for _ in range(micro_batches)]
+        peak, seconds = memory.peak() - before, time.perf_counter() - started
+        raise _Enough
+
+    objective = SentenceOrderObjective if config.pretraining_objective == "sop" else InverseClozeObjective
+    model = AutoModelForPreTraining.from_config(config)
+    with suppress(_Enough):
+        train(model, objective, batches, arguments, accelerator, evaluate=lambda engine: {})
+    peaks = accelerator.gather(torch.tensor([peak], device=accelerator.device))
+    texts = 1 if config.pretraining_objective == "sop" else 2
+    tokens = texts * rows * length * micro_batches * steps * accelerator.num_processes
+    return Measurement(int(peaks.max()), tokens / seconds)
+
+
+def read_config(name_or_file: str | Path, **overrides: Any) -> PreTrainedConfig:
+    """The configuration of a preset or of a JSON file, whichever family it is of.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    fields = {}
+    with suppress(OSError, ValueError):  # from_preset says what is wrong
+        fields = json.loads(Path(name_or_file).read_text("utf-8"))
+    is_switch = name_or_file in preset_names(MixLMSwitchConfig.model_type) or (
+        isinstance(fields, dict) and ("capacity_factor" in fields or fields.get("model_type") == "mixlm_switch")
+    )
+    try:
+        return (MixLMSwitchConfig if is_switch else MixLMConfig).from_preset(name_or_file, **overrides)
+    except (OSError, ValueError) as error:
+        raise UserError(str(error)) from error
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

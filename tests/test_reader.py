@@ -1,0 +1,108 @@
+"""Answering questions in Python and on the command line."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForQuestionAnswering
+
+import mixlm
+from mixlm import cli
+from mixlm.errors import UserError
+from mixlm.reader import Decoding, MixLMReader
+from mixlm.tokenization import train_tokenizer
+
+CONTEXT = "그는 서울에서 태어났다. 나중에 부산에서 살았다. " * 6
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A reader whose head is random, for windows that are much shorter than the text."""
+    folder = tmp_path_factory.mktemp("reader")
+    tokenizer = train_tokenizer([CONTEXT, "태어난 곳은? 살던 곳은?"] * 3, 200, show_progress=False)
+    config = mixlm.MixLMConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, n_experts=2, num_heads=2, kernel_size=5,
+        ff_dim=64, max_position_embeddings=64, initializer_range=0.3,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    mixlm.MixLMForQuestionAnswering(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    Decoding(max_seq_length=32, doc_stride=8, max_query_length=8, max_answer_length=5).save(folder)
+    return folder
+
+
+def test_an_answer_is_a_place_in_its_context(folder):
+    reader = MixLMReader.from_pretrained(folder, device="cpu")
+    for answer in reader.answers(["태어난 곳은?", "살던 곳은?"], [CONTEXT, CONTEXT[30:]]):
+        assert answer.text and 0 < answer.score <= 1 and answer.null_odds is None
+    answer = reader.answer("태어난 곳은?", CONTEXT)
+    assert CONTEXT[answer.start : answer.end] == answer.text
+
+
+def test_the_batch_size_and_the_company_change_nothing(folder):
+    questions, contexts = ["태어난 곳은?", "살던 곳은?", "태어난 곳은?"], [CONTEXT, CONTEXT[:40], CONTEXT[30:]]
+    together = MixLMReader.from_pretrained(folder, device="cpu").answers(questions, contexts)
+    alone = MixLMReader.from_pretrained(folder, device="cpu", batch_size=1)
+    for question, context, expected in zip(questions, contexts, together, strict=True):
+        found = alone.answer(question, context)
+        assert found[:3] == expected[:3] and found.score == pytest.approx(expected.score, abs=1e-5)
+
+
+def test_a_reader_for_unanswerable_questions_gives_no_answer_above_its_threshold(folder, tmp_path):
+    model = AutoModelForQuestionAnswering.from_pretrained(folder)
+    tokenizer = MixLMReader.from_pretrained(folder).tokenizer
+    odds = MixLMReader(model, tokenizer, Decoding(32, 8, 8, unanswerable=True, null_threshold=1e9)).answer(
+        "태어난 곳은?", CONTEXT
+    )
+    assert odds.text and odds.null_odds is not None
+    for threshold, is_answered in ((odds.null_odds - 0.01, False), (odds.null_odds + 0.01, True)):
+        decoding = Decoding(32, 8, 8, unanswerable=True, null_threshold=threshold)
+        decoding.save(tmp_path)
+        found = MixLMReader(model, tokenizer, Decoding.load(tmp_path)).answer("태어난 곳은?", CONTEXT)
+        assert bool(found.text) == is_answered and 0 < found.score < 1
+
+
+def test_questions_and_contexts_come_in_pairs(folder):
+    with pytest.raises(ValueError, match="2 questions and 1 contexts"):
+        MixLMReader.from_pretrained(folder).answers(["a", "b"], [CONTEXT])
+
+
+def test_the_command_line_answers_one_and_many(folder, tmp_path, capsys):
+    expected = MixLMReader.from_pretrained(folder).answer("태어난 곳은?", CONTEXT)
+    cli.main(["read", "--model", str(folder), "--question", "태어난 곳은?", "--context", CONTEXT])
+    assert capsys.readouterr().out.startswith(f"{expected.text}  {expected.score:.1%}  characters {expected.start} to")
+    file = tmp_path / "questions.jsonl"
+    rows = [{"id": str(number), "question": "태어난 곳은?", "context": CONTEXT} for number in range(3)]
+    file.write_text("\n".join(map(json.dumps, rows)), "utf-8")
+    cli.main(["read", "--model", str(folder), "--file", str(file), "--json"])
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["id"] for line in lines] == ["0", "1", "2"]
+    for line in lines:
+        assert (line["text"], line["start"], line["end"]) == expected[:3]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--question", "x"], "one of the arguments --context"),
+        (["--context", "x"], "give --question with --context"),
+        (["--question", "x", "--file", "y"], "give --question with --context"),
+        (["--question", " ", "--context", "x"], "both must hold text"),
+        (["--question", "x", "--context_file", "nowhere"], "--context_file nowhere: cannot be read"),
+        (["--file", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--question", "x", "--context", "y", "--batch_size", "0"], "--batch_size 0: must be 1 or more"),
+    ],
+)
+def test_what_is_wrong_is_one_line(folder, flags, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["read", "--model", str(folder), *flags])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert message in said
+
+
+def test_a_model_that_was_not_trained_to_read_is_refused(folder, tmp_path):
+    model = AutoModelForQuestionAnswering.from_pretrained(folder)
+    mixlm.MixLMForMaskedLM(model.config).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="is not trained to answer questions; train it with run_mrc.py"):
+        MixLMReader.from_pretrained(tmp_path)
