@@ -2,8 +2,8 @@
 
 Parameters, gradients and AdamW's moments are shares of known sizes (`training.sharding` says how each engine spreads
 them). All else that a step keeps alive is found by running one on torch's FakeTensors, which have shapes and no
-content: it takes no memory, whatever the size of the model. It grows with the rows of the batch along a straight
-line, for which two such steps are enough. The peak is the largest sum of both at any moment of a step.
+content: it takes no memory, whatever the size of the model. It grows with the rows of the batch along straight lines,
+for which a few such steps are enough. The peak is the largest sum of both at any moment of a step.
 docs/planning.md says how near that comes.
 """
 
@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 import weakref
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, suppress
@@ -357,9 +357,9 @@ def _fully_sharded_uses(step: Step, setting: Setting) -> Iterator[Use]:
         to_come[unit] -= 1
         if to_come[unit] == 0:
             whole[unit], reduced, gathered = 0, reduced + sizes[unit], gathered - (sizes[unit] if keeps else 0)
-        elif not setting.accumulates:
+        elif not (by_torch and setting.accumulates):  # fairscale adds up the gradients of a unit as one tensor
             whole[unit] += step.parameters[number].size
-    yield use("reduce", everything, 0, (2 if by_torch else 2 + by_gloo) * root)
+    yield use("reduce", everything, 0, (2 if by_torch else 2 + by_gloo + setting.accumulates) * root)
     yield use("update", everything, 0, 0)
 
 
@@ -417,17 +417,15 @@ def make_plans(
         rows: of a rank's batch; 0 = as many as fit, or one where none does.
         budget: bytes that a rank may use.
     """
-    steps: dict[bool, tuple[Step, Step]] = {}
-    fewest = -(-TOKENS_PER_BLOCK // length)  # the buffers of the fused kernels grow up to that
+    steps: dict[bool, list[Step]] = {}
+    block = -(-TOKENS_PER_BLOCK // length)  # the buffers of the fused kernels grow up to that
     for setting in settings:
         if setting.is_wrapped not in steps:
-            steps[setting.is_wrapped] = (
-                simulate_step(config, fewest, length, setting),
-                simulate_step(config, 4 * fewest, length, setting),
-            )
+            sizes = sorted({1, block, 4 * block})
+            steps[setting.is_wrapped] = [simulate_step(config, size, length, setting) for size in sizes]
 
         def use_of(rows: int, setting: Setting = setting) -> Use:
-            return peak_use(at_rows(*steps[setting.is_wrapped], rows), setting)
+            return peak_use(at_rows(steps[setting.is_wrapped], rows), setting)
 
         most_rows = bisect_right(range(1, MOST_ROWS + 1), budget, key=lambda rows: use_of(rows).total)
         planned = rows or max(most_rows, 1)
@@ -435,8 +433,10 @@ def make_plans(
         yield Plan(setting, planned, use_of(planned), most_rows, numbers)
 
 
-def at_rows(first: Step, second: Step, rows: int) -> Step:
-    """A step of so many rows, by the straight line through two others."""
+def at_rows(steps: list[Step], rows: int) -> Step:
+    """A step of so many rows, by the straight line through two of `steps`: those around it, or the last two."""
+    after = min(max(1, bisect_left(steps, rows, key=lambda step: step.rows)), len(steps) - 1)
+    first, second = steps[after - 1], steps[after]
 
     def line(one: int, other: int) -> int:
         return one + (other - one) * (rows - first.rows) // (second.rows - first.rows)

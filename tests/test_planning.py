@@ -79,7 +79,8 @@ class TestStep:
 
     def test_grows_along_a_line_in_the_rows(self):
         first, second, third = (simulate_step(CONFIGS["mixlm"], rows, LENGTH, Setting()) for rows in (20, 40, 80))
-        line = at_rows(first, second, 80)
+        assert at_rows([first, second], 20) == first
+        line = at_rows([first, second], 80)
         assert line.rows == 80
         assert line.forward == pytest.approx(third.forward, rel=0.01)
         for (number, alive), (other, expected) in zip(line.backward, third.backward, strict=True):
@@ -131,7 +132,7 @@ class TestEngines:
         else:
             part = -(-sum(each.numel() for each in model.parameters()) // 3) * BYTES
         assert sum(unit_sizes(tiny_step.parameters, setting)) == 3 * part
-        large = at_rows(tiny_step, simulate_step(CONFIGS["mixlm"], 8, LENGTH, setting), 64)
+        large = at_rows([tiny_step, simulate_step(CONFIGS["mixlm"], 8, LENGTH, setting)], 64)
         use = peak_use(large, setting)
         assert (use.parameters, use.optimizer) == (part, 2 * part)
         assert use.gradients <= part
@@ -150,7 +151,7 @@ class TestEngines:
 
     def test_every_rank_makes_the_whole_model_first(self, tiny_step):
         everything = bytes_of(CONFIGS["mixlm"])
-        small = at_rows(tiny_step, tiny_step._replace(rows=5), 1)._replace(forward=0, backward=[])
+        small = tiny_step._replace(forward=0, backward=[])
         use = peak_use(small, Setting(3, "torch", auto_wrap=True, ranks=1000, device="cuda"))
         assert use.moment == "start" and use.parameters >= everything
 
