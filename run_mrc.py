@@ -32,7 +32,6 @@ from mixlm.training.loop import train
 from mixlm.training.objectives import ReadingObjective
 from mixlm.training.optimization import AdamW
 from mixlm.training.reading import (
-    SKIPPED_FILE,
     Questions,
     ReadingArguments,
     chosen_metric,
@@ -43,7 +42,7 @@ from mixlm.training.reading import (
     window_scores,
     write_predictions,
 )
-from mixlm.training.run import finish_run, on_main_process, prepare_run
+from mixlm.training.run import SKIPPED_FILE, finish_run, on_main_process, prepare_run
 from mixlm.training.sharding import Engine, build_engine
 
 EVALUATION_ROWS = 32  # of a batch, where no training has said how many fit

@@ -205,14 +205,17 @@ class _Run:
 
         def try_rows(rows: int) -> int:
             meter.restart()
-            with torch.random.fork_rng([meter.device] if meter.on_gpu else []):
-                for _ in range(2):  # the moments, which the first step makes, are there in the second
-                    self._backward([longest_batch(rows)] * (2 if accumulates else 1))
-                    for gradient in self.engine.gradients():
-                        gradient.zero_()  # an overflow in fp16 would reach the weights even at a learning rate of 0
-                    self.engine.step(learning_rate=0.0)
+            try:
+                with torch.random.fork_rng([meter.device] if meter.on_gpu else []):
+                    for _ in range(2):  # the moments, which the first step makes, are there in the second
+                        self._backward([longest_batch(rows)] * (2 if accumulates else 1))
+                        for gradient in self.engine.gradients():
+                            gradient.zero_()  # an overflow in fp16 would reach the weights even at a rate of 0
+                        self.engine.step(learning_rate=0.0)
+                return meter.peak()
+            finally:  # also when there was not enough memory
+                self.engine.forget_gradients()
                 self.engine.forget_moments()
-            return meter.peak()
 
         about = ("zero", "sharding_backend", "auto_wrap", "fp16", "bf16", "memory_limit")
         settings = {

@@ -25,9 +25,9 @@ from ..errors import UserError
 from ..evaluation.reading import korquad_v1, squad_v1, squad_v2
 from ..reader import Decoding, WindowScores, in_order, scores_by_window
 from .arguments import TrainingArguments
+from .run import SKIPPED_FILE
 from .sharding import Engine
 
-SKIPPED_FILE = "skipped_answers.jsonl"
 METRICS = {"korquad_v1": korquad_v1, "squad_v1": squad_v1}
 
 

@@ -25,8 +25,13 @@ from .launch import start_missing_processes
 # without it the folder is no model.
 FINAL_FOLDER, CONFIGURATION_FILE, RESULTS_FILE = "final", "config.json", "eval_results.json"
 CHECKPOINTS = "checkpoints"
+SKIPPED_FILE = "skipped_answers.jsonl"
 REMOVED_BY_A_NEW_RUN = (
     "tensorboard",
+    "reader.json",
+    "predictions.json",
+    "nbest_predictions.json",
+    "null_odds.json",
     CONFIGURATION_FILE,
     RESULTS_FILE,
     "model.safetensors",
@@ -100,11 +105,9 @@ def _claim(folder: Path, arguments: TrainingArguments) -> None:
 def _goes_on_in(folder: Path, arguments: TrainingArguments) -> bool:
     """Whether what is in the folder is the run that is to go on."""
     if arguments.resume == "auto":
-        # Killed before its first checkpoint, a run has left its curves alone.
-        return bool(checkpoints_in(folder / CHECKPOINTS)) or {path.name for path in folder.iterdir()} <= {
-            CHECKPOINTS,
-            "tensorboard",
-        }
+        # Killed before its first checkpoint, a run has left these alone.
+        left = {CHECKPOINTS, "tensorboard", SKIPPED_FILE}
+        return bool(checkpoints_in(folder / CHECKPOINTS)) or {path.name for path in folder.iterdir()} <= left
     return arguments.resume != "never" and is_of_run(Path(arguments.resume), folder)
 
 
