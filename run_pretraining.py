@@ -10,13 +10,14 @@ or `accelerate launch --num_processes 2 run_pretraining.py ...` (with `--cpu` on
 import numpy as np
 
 from mixlm import MixLMConfig, MixLMForPreTraining, MixLMSwitchConfig, MixLMSwitchForPreTraining
-from mixlm.data.batching import LengthBucketedBatches, collate, evaluation_batches, training_batches
+from mixlm.data.batching import evaluation_batches
 from mixlm.data.examples import InverseClozeExamples, SentenceOrderExamples
 from mixlm.data.masking import TokenMasker
 from mixlm.data.store import TokenizedCorpus, open_corpus
 from mixlm.errors import UserError, exits_on_user_error
 from mixlm.tokenization import load_tokenizer, word_start_table
 from mixlm.training.arguments import PretrainingArguments, parse_arguments
+from mixlm.training.batches import TrainingBatches
 from mixlm.training.evaluation import (
     EVALUATION_MASKING_PROBABILITY,
     evaluate_pretraining,
@@ -24,7 +25,7 @@ from mixlm.training.evaluation import (
 )
 from mixlm.training.loop import train
 from mixlm.training.objectives import InverseClozeObjective, SentenceOrderObjective
-from mixlm.training.run import finish_run, prepare_run
+from mixlm.training.run import end_processes, finish_run, prepare_run
 
 FAMILIES = {
     "mixlm": (MixLMConfig, MixLMForPreTraining),
@@ -119,28 +120,10 @@ def main():
         batches = evaluation_batches(held_out, arguments.train_batch_size, tokenizer.pad_token_id, rank, ranks)
         return evaluate_pretraining(engine, batches, accelerator, unigram)
 
-    def batches(position):
-        micro_batches = arguments.gradient_accumulation_steps
-        rows_per_step = arguments.train_batch_size * micro_batches * ranks
-        order = LengthBucketedBatches(
-            training.lengths,
-            seed=arguments.seed,
-            rows_per_step=rows_per_step if arguments.tokens_per_step is None else None,
-            tokens_per_step=arguments.tokens_per_step,
-            ranks=ranks,
-            rank=rank,
-            micro_batches=micro_batches,
-            max_steps_per_epoch=arguments.max_steps_per_epoch,
-        )
-        return training_batches(training, order, position, tokenizer.pad_token_id, arguments.num_workers)
-
-    def longest_batch(rows):
-        longest = training[0, int(np.argmax(training.lengths))]
-        return collate([longest] * rows, tokenizer.pad_token_id)
-
-    last = train(model, OBJECTIVES[arguments.task], batches, arguments, accelerator, evaluate, longest_batch)
+    batches = TrainingBatches(training, tokenizer.pad_token_id, arguments, accelerator)
+    last = train(model, OBJECTIVES[arguments.task], batches, arguments, accelerator, evaluate, batches.longest)
     finish_run(tokenizer, last, arguments, accelerator)
-    accelerator.end_training()
+    end_processes()
 
 
 if __name__ == "__main__":

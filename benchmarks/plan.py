@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from mixlm import MixLMConfig, MixLMSwitchConfig
-from mixlm.planning import Setting, make_plans, measure
+from mixlm.planning import Setting, make_plans
+from mixlm.probing import measure
 
 SHAPE = {"hidden_size": 512, "num_hidden_layers": 6, "vocab_size": 16000, "max_position_embeddings": 512}
 MIXLM = {"ff_dim": 4096, "n_experts": 4, "num_heads": 4, "kernel_size": 9}

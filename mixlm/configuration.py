@@ -289,7 +289,14 @@ def preset_names(model_type: str | None = None) -> list[str]:
     return sorted(name for name, fields in presets.items() if model_type in (None, fields["model_type"]))
 
 
-def _read_fields(name_or_file: str | Path, model_type: str) -> dict[str, Any]:
+def read_config(name_or_file: str | Path, **overrides: Any) -> MixLMConfig | MixLMSwitchConfig:
+    """A configuration as `from_preset` reads it, of whichever family it is; arguments and errors are the same."""
+    fields = _read_fields(name_or_file, None)
+    is_switch = "capacity_factor" in fields or fields.get("model_type") == MixLMSwitchConfig.model_type
+    return (MixLMSwitchConfig if is_switch else MixLMConfig).from_preset(name_or_file, **overrides)
+
+
+def _read_fields(name_or_file: str | Path, model_type: str | None) -> dict[str, Any]:
     preset = PRESET_FOLDER / f"{name_or_file}.json"
     path = preset if preset.is_file() else Path(name_or_file)
     if not path.is_file():

@@ -30,7 +30,7 @@ from torch.utils.flop_counter import (
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModel, AutoModelForPreTraining, PreTrainedConfig, PreTrainedModel
 
-from .configuration import MixLMConfig, MixLMSwitchConfig, preset_names
+from .configuration import MixLMConfig, MixLMSwitchConfig, read_config
 from .errors import UserError
 from .heads import IGNORE
 from .training.optimization import AdamW
@@ -114,8 +114,7 @@ def preset_model(name: str, length: int, inference: bool) -> PreTrainedModel:
     Raises:
         ValueError: there is no such preset.
     """
-    config_class = MixLMConfig if name in preset_names(MixLMConfig.model_type) else MixLMSwitchConfig
-    config = config_class.from_preset(name)
+    config = read_config(name)
     config.max_position_embeddings = max(config.max_position_embeddings, length)
     return (AutoModel if inference else AutoModelForPreTraining).from_config(config)
 

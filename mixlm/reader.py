@@ -14,8 +14,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import AutoModelForQuestionAnswering, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 import mixlm  # noqa: F401  whose models the Auto classes know from now on
 
@@ -117,6 +119,38 @@ def in_order(windows: ReadingWindows, scores: Iterable[tuple[int, np.ndarray, np
     return tuple([found[number][side][:length] for number, length in enumerate(lengths)] for side in (0, 1))
 
 
+def load_for_reading(name_or_path: str) -> tuple[PreTrainedModel, bool]:
+    """A model for question answering, and whether it has a trained head; else the head is new.
+
+    Raises:
+        UserError: it cannot be loaded, weights beside the head are missing, or it has no token types, by which the
+            question is told from the text.
+    """
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # of a new head its user hears by what is returned
+    try:
+        model, report = AutoModelForQuestionAnswering.from_pretrained(name_or_path, output_loading_info=True)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{name_or_path}: cannot be loaded: {error}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+    missing = sorted(report["missing_keys"])
+    if other := [name for name in missing if not name.startswith("qa_outputs.")]:
+        raise UserError(f"{name_or_path}: lacks {len(other)} weights beside the head, such as {other[0]}")
+    if getattr(model.config, "type_vocab_size", 0) < 2:
+        raise UserError(f"{name_or_path}: has no token types; machine reading needs two, for question and text")
+    return model, not missing
+
+
+def require_room(model: PreTrainedModel, max_seq_length: int, name: str) -> None:
+    """Raise UserError unless the model called `name` takes windows of `max_seq_length` tokens."""
+    longest = model.config.max_position_embeddings
+    if max_seq_length > longest:
+        raise UserError(
+            f"--max_seq_length={max_seq_length}: {name} takes at most {longest} tokens (max_position_embeddings)"
+        )
+
+
 class ReadAnswer(NamedTuple):
     """An answer: `context[start:end] == text`, in characters.
 
@@ -156,7 +190,11 @@ class MixLMReader:
 
     @classmethod
     def from_pretrained(
-        cls, name_or_path: str | Path, device: str | torch.device | None = None, batch_size: int = 32
+        cls,
+        name_or_path: str | Path,
+        device: str | torch.device | None = None,
+        batch_size: int = 32,
+        decoding: Decoding | None = None,
     ) -> "MixLMReader":
         """The reader in a folder, or on the Hub.
 
@@ -164,19 +202,19 @@ class MixLMReader:
             name_or_path: what `run_mrc.py` has written, or another model for question answering.
             device: None is a GPU where there is one.
             batch_size: windows that are read at once.
+            decoding: for a model beside which none is saved.
 
         Raises:
-            UserError: it cannot be loaded, or has not been trained to answer questions.
+            UserError: it cannot be loaded, has not been trained to answer questions, or cannot read such windows.
         """
         name = str(name_or_path)
-        try:
-            model, report = AutoModelForQuestionAnswering.from_pretrained(name, output_loading_info=True)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{name}: cannot be loaded: {error}") from error
-        if report["missing_keys"]:
+        model, has_head = load_for_reading(name)
+        if not has_head:
             raise UserError(f"{name}: is not trained to answer questions; train it with run_mrc.py")
+        decoding = Decoding.load(Path(name)) or decoding or Decoding()
+        require_room(model, decoding.max_seq_length, name)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        return cls(model.to(device), load_tokenizer(name), Decoding.load(Path(name)), batch_size)
+        return cls(model.to(device), load_tokenizer(name), decoding, batch_size)
 
     def answer(self, question: str, context: str) -> ReadAnswer:
         """The answer to a question about a text."""

@@ -1,6 +1,7 @@
 """Shared fixtures. Tests are offline, and find the real data through MIXLM_DATA."""
 
 import os
+import sys
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -29,3 +30,14 @@ def golden() -> Path:
     if not GOLDEN.is_dir():
         pytest.skip(f"the golden values are not at {GOLDEN}; set MIXLM_GOLDEN")
     return GOLDEN
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """Accelerate keeps precision and process group for the whole process; a test leaves nothing to the next."""
+    yield
+    if "accelerate.state" in sys.modules:
+        from accelerate.state import AcceleratorState, GradientState
+
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()

@@ -190,7 +190,7 @@ class TestOptions:
         assert " ".join(["usage: mixlm", *verb]) in capsys.readouterr().out
 
     def test_help_waits_for_nothing(self):
-        # The package is put in place by hand, so that only what cli.py itself imports is looked at.
+        # The package is put in place by hand, so that only what the cli itself imports is looked at.
         code = (
             "import sys, types\n"
             "package = types.ModuleType('mixlm'); package.__path__ = [sys.argv[1]]; sys.modules['mixlm'] = package\n"

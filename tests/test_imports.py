@@ -13,7 +13,7 @@ MODEL_CODE = ("configuration", "heads", "kernels", "modeling_mixlm", "modeling_s
 # Layers, top to bottom; a module imports from its own layer and from lower ones.
 LAYERS = [
     {"cli"},
-    {"profiling", "planning"},
+    {"profiling", "planning", "probing"},
     {"training", "retrieval"},
     {"evaluation", "reader"},
     {"data", "tokenization", "conversion"},

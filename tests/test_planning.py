@@ -14,13 +14,12 @@ from mixlm.planning import (
     Step,
     at_rows,
     make_plans,
-    measure,
     owned,
     peak_use,
     simulate_step,
     unit_sizes,
-    why_no_probe,
 )
+from mixlm.probing import measure, why_no_probe
 from mixlm.training.optimization import AdamW
 from mixlm.training.sharding import sharding_units
 

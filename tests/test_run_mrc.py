@@ -1,20 +1,26 @@
 """run_mrc.py from the arguments to the finished reader, and what a user can get wrong."""
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
-from transformers import AutoModelForQuestionAnswering, BertConfig, BertForMaskedLM
+from transformers import (
+    AutoModelForQuestionAnswering,
+    BertConfig,
+    BertForMaskedLM,
+    RobertaConfig,
+    RobertaForMaskedLM,
+)
 
 import mixlm
 from mixlm.errors import UserError
 from mixlm.reader import Decoding
 from mixlm.tokenization import train_tokenizer
-from mixlm.training.checkpoint import checkpoints_in
 from mixlm.training.reading import ReadingArguments
 from mixlm.training.report import read_curves
 
@@ -81,16 +87,6 @@ def prepared(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    """Accelerate keeps precision and process group for the whole process; a test gets its own."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
-
 @pytest.fixture
 def run(prepared, tmp_path, monkeypatch):
     """(changes) -> the folder of a short run of the script in this process; None leaves an argument out."""
@@ -149,18 +145,48 @@ def test_it_learns_to_read_and_says_how_well(run, tmp_path, capsys):
     assert {"eval/f1", "train/reading_loss"} <= read_curves(folder).keys()
 
 
-def test_the_folder_is_that_of_the_best_checkpoint(run):
-    """Trained on with a rate that destroys it, the run keeps what it had before."""
-    folder = run(num_steps=60, learning_rate=5e-3, eval_steps=20)
-    best = max(value for _, value in read_curves(folder)["eval/f1"])
-    assert results(folder)["eval/f1"] == pytest.approx(best, abs=1e-4)
-    steps = {step: value for step, value in read_curves(folder)["eval/f1"]}
-    first_best = min(step for step, value in steps.items() if value == best)
-    names = [path.name for path in checkpoints_in(folder / "checkpoints")]
-    assert f"step-{first_best:08d}" in names
-    kept = load_file(folder / "checkpoints" / f"step-{first_best:08d}" / "model" / "model.safetensors")
+def test_the_folder_is_that_of_the_best_checkpoint(run, monkeypatch):
+    """Not of the last: the scores of three evaluations while training, and of the one afterwards."""
+    scores = iter([50.0, 90.0, 10.0, 90.0])
+    monkeypatch.setattr(run_mrc, "reading_metrics", lambda *arguments: {"f1": next(scores)})
+    folder = run(num_steps=6, eval_steps=2, learning_rate=5e-3)
+    assert results(folder)["eval/f1"] == 90.0 and next(scores, None) is None
+    weights = {
+        step: load_file(folder / "checkpoints" / f"step-{step:08d}" / "model" / "model.safetensors") for step in (4, 6)
+    }
     final = load_file(folder / "model.safetensors")
-    assert all(torch.equal(kept[name], tensor) for name, tensor in final.items())
+    assert all(torch.equal(weights[4][name], tensor) for name, tensor in final.items())
+    assert not all(torch.equal(weights[6][name], tensor) for name, tensor in final.items())
+
+
+def test_a_longer_run_remembers_what_was_best(run, tmp_path, monkeypatch):
+    """Of the first part the last evaluation comes after its last checkpoint: a longer run makes it again."""
+    given = {"eval_steps": 2, "learning_rate": 5e-3, "scheduler_num_steps": 6, "output_dir": tmp_path / "out"}
+    for scores, changes in (
+        ([50.0, 90.0, 90.0], {"num_steps": 4}),
+        ([90.0, 10.0, 90.0], {"num_steps": 6, "resume": "auto"}),
+    ):
+        following = iter(scores)
+        monkeypatch.setattr(run_mrc, "reading_metrics", lambda *arguments, of=following: {"f1": next(of)})
+        folder = run(**given, **changes)
+        assert next(following, None) is None
+    kept = load_file(folder / "checkpoints" / "step-00000004" / "model" / "model.safetensors")
+    assert all(torch.equal(kept[name], tensor) for name, tensor in load_file(folder / "model.safetensors").items())
+
+
+def test_what_was_best_by_another_measure_is_forgotten(run, prepared, tmp_path, capsys):
+    folder = tmp_path / "out"
+    run(output_dir=folder, train_file=prepared / "v2.json", num_steps=2, scheduler_num_steps=4, eval_steps=1)
+    changed = {"version_2_with_negative": True, "resume": "auto"}
+    run(output_dir=folder, train_file=prepared / "v2.json", num_steps=4, eval_steps=1, **changed)
+    assert "version_2_with_negative has changed: earlier evaluations say nothing" in capsys.readouterr().out
+    assert "eval/best_f1" in results(folder)
+
+
+def test_killed_before_its_first_checkpoint_a_run_goes_on(run, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "skipped_answers.jsonl").write_text("")
+    run(resume="auto")
 
 
 def test_the_saved_model_is_one_for_transformers(run, prepared):
@@ -229,6 +255,49 @@ def test_several_seeds_have_a_mean(run, capsys):
     assert "±" in capsys.readouterr().out
 
 
+def test_seeds_of_a_named_run_are_in_its_folder(run, tmp_path):
+    run(seeds=[3], num_steps=1, model_name="reader", do_train=True)  # without do_eval the best evaluation counts
+    folder = tmp_path / "out" / "reader"
+    assert (folder / "seed-3" / "config.json").is_file()
+    best = max(value for _, value in read_curves(folder / "seed-3")["eval/f1"])
+    assert json.loads((folder / "seeds.json").read_text("utf-8"))["f1"]["mean"] == pytest.approx(best, abs=1e-4)
+
+
+def test_seeds_on_several_processes(prepared, tmp_path):
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "run_mrc.py"),
+        *("--model_name_or_path", str(prepared / "mixlm-sop"), "--train_file", str(prepared / "v1.json")),
+        *("--output_dir", str(tmp_path / "out"), "--max_seq_length", "32", "--max_query_length", "8"),
+        *("--doc_stride", "8", "--train_batch_size", "4", "--num_steps", "1", "--num_workers", "0"),
+        *("--seeds", "1", "2"),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("±") == len(json.loads((tmp_path / "out" / "seeds.json").read_text("utf-8")))
+
+
+@pytest.mark.parametrize(
+    ("model", "changes", "message"),
+    [
+        ("mixlm-sop", {}, "is not trained to answer questions"),
+        ("reader", {"version_2_with_negative": True}, "was trained otherwise; leave out --version_2_with_negative"),
+    ],
+)
+def test_what_cannot_answer_is_refused(run, prepared, tmp_path, model, changes, message):
+    reader = run(num_steps=1, do_train=True) if model == "reader" else prepared / model
+    answering = {"train_file": None, "validation_articles": None, "validation_file": prepared / "v1.json"}
+    with pytest.raises(UserError, match=message):
+        run(model_name_or_path=reader, output_dir=tmp_path / "answers", **answering, **changes)
+
+
+def test_a_model_without_token_types_is_refused(run, prepared, tmp_path):
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    RobertaForMaskedLM(RobertaConfig(vocab_size=600, type_vocab_size=1, **shape)).save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match="has no token types"):
+        run(model_name_or_path=tmp_path / "model", tokenizer=prepared / "mixlm-sop")
+
+
 def test_questions_are_answered_without_training(run, prepared, tmp_path):
     folder = run(num_steps=2)
     again = run(
@@ -252,9 +321,14 @@ def test_questions_are_answered_without_training(run, prepared, tmp_path):
         ({"train_articles": "0:11"}, "article 10 is in both"),
         ({"validation_articles": "20:30"}, "no question is in this range"),
         ({"doc_stride": 30}, "doc_stride 30"),
+        ({"seeds": [-1]}, "seeds=[-1]: must be one or more different numbers"),
+        ({"seeds": [1, 1]}, "seeds=[1, 1]: must be one or more different numbers"),
+        ({"seeds": [1], "resume": "out/checkpoints/step-00000001"}, "must be auto or never with seeds"),
+        ({"n_best_size": 0}, "n_best_size=0: must be at least 1"),
+        ({"train_batch_size": 0, "num_steps": 5}, "train_batch_size=0: must be above 0, unless"),
         ({"max_seq_length": 65, "max_query_length": 8}, "max_seq_length"),
         ({"validation_articles": None, "validation_split": 1.0}, "validation_split=1.0: must be between 0 and 1"),
-        ({"train_batch_size": 0, "num_steps": None}, "train_batch_size=0: must be above 0, unless num_steps"),
+        ({"train_batch_size": 0, "num_steps": None}, "train_batch_size=0: must be above 0, unless"),
         ({"do_predict": True}, "do_predict=True: must be left out without predict_file"),
     ],
 )
@@ -274,6 +348,8 @@ def test_what_is_wrong_is_one_line(run, changes, message, tmp_path):
         ({"num_steps": 40, "warmup_steps": 9, "eval_steps": 5}, 1, 40, 9, 5),
         ({"train_batch_size": 0, "effective_batch_size": 16}, 2, 15, 1, 5),
         ({"num_train_epochs": 0.5}, 1, 5, 0, 10),
+        ({"warmup_steps": 0}, 1, 30, 0, 10),
+        ({"max_steps_per_epoch": 4}, 1, 12, 1, 4),
     ],
 )
 def test_the_schedule_follows_from_the_data(given, processes, steps, warmup, evaluations):

@@ -71,12 +71,12 @@ def key_of(run: dict[str, Any]) -> str:
     return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
 
 
-def read_results(file: Path = RESULTS) -> list[dict[str, Any]]:
+def read_results(file: Path) -> list[dict[str, Any]]:
     """The kept results; none where there is no file yet."""
     return [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.is_file() else []
 
 
-def keep(result: dict[str, Any], file: Path = RESULTS) -> None:
+def keep(result: dict[str, Any], file: Path) -> None:
     """Append a result, whole, whatever other studies do at the same time."""
     with file.open("a", encoding="utf-8") as lines:
         fcntl.flock(lines, fcntl.LOCK_EX)
@@ -95,8 +95,8 @@ def prepare_tokenizer(corpus: str, work: Path) -> Path:
     return folder
 
 
-def make(run: dict[str, Any], corpus: str, tokenizer: Path, work: Path) -> str:
-    """Make one run, in a process of its own; returns what went wrong, or nothing."""
+def make(run: dict[str, Any], corpus: str, tokenizer: Path, work: Path, results: Path) -> str:
+    """Make one run, in a process of its own, and keep what came of it; returns what went wrong, or nothing."""
     folder = work / key_of(run)
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "specification.json"
@@ -114,7 +114,7 @@ def make(run: dict[str, Any], corpus: str, tokenizer: Path, work: Path) -> str:
     if done.returncode or not (folder / "result.json").is_file():
         return f"exit code {done.returncode}; see {folder / 'log'}"
     result = json.loads((folder / "result.json").read_text("utf-8"))
-    keep({**run, **result, "key": key_of(run), "when": time.strftime("%Y-%m-%d")})
+    keep({**run, **result, "key": key_of(run), "when": time.strftime("%Y-%m-%d")}, results)
     shutil.rmtree(folder)
     return ""
 
@@ -125,10 +125,11 @@ def main() -> None:
     parser.add_argument("tables", nargs="+", type=Path, help="JSON lines; what a line is: see this file's beginning")
     parser.add_argument("--corpus_path", required=True, help="Folder or file of .dat, .dat.xz, .dat.gz.")
     parser.add_argument("--work_dir", type=Path, default=Path(".cache/learning"), help="For checkpoints and the like.")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="Where results are kept (default: %(default)s).")
     parser.add_argument("--at_once", type=int, default=os.cpu_count(), help="Runs at the same time, a thread each.")
     arguments = parser.parse_args()
 
-    known = {result["key"] for result in read_results()}
+    known = {result["key"] for result in read_results(arguments.results)}
     runs = {key_of(run): run for table in arguments.tables for run in read_table(table)}
     due = [run for key, run in runs.items() if key not in known]
     print(f"{len(runs)} runs, {len(runs) - len(due)} of them kept already")
@@ -137,7 +138,7 @@ def main() -> None:
     tokenizer = prepare_tokenizer(arguments.corpus_path, work)
     failed = 0
     with ThreadPoolExecutor(arguments.at_once) as pool:
-        makings = pool.map(lambda run: make(run, arguments.corpus_path, tokenizer, work), due)
+        makings = pool.map(lambda run: make(run, arguments.corpus_path, tokenizer, work, arguments.results), due)
         for run, failure in tqdm(zip(due, makings, strict=True), total=len(due), unit="run", desc="study"):
             if failure:
                 failed += 1

@@ -18,12 +18,13 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from mixlm.data.batching import LengthBucketedBatches, Position, evaluation_batches, training_batches
+from mixlm.data.batching import Position, evaluation_batches
 from mixlm.data.examples import SentenceOrderExamples
 from mixlm.data.store import TokenizedCorpus, open_corpus
 from mixlm.errors import exits_on_user_error
 from mixlm.tokenization import load_tokenizer
 from mixlm.training.arguments import PretrainingArguments
+from mixlm.training.batches import TrainingBatches
 from mixlm.training.checkpoint import checkpoints_in, step_of
 from mixlm.training.evaluation import evaluate_pretraining, unigram_log_probabilities
 from mixlm.training.loop import train
@@ -95,18 +96,12 @@ def train_once(
     model = build_model(specification["model"], {**objective, **specification["fields"]}, tokenizer)
     training, _ = build_examples(arguments, tokenizer, open_training_corpus(arguments, tokenizer))
 
-    def batches(position: Position) -> Iterator[tuple[Position, list[Batch]]]:
-        micro_batches = arguments.gradient_accumulation_steps
-        rows = arguments.train_batch_size * micro_batches
-        order = LengthBucketedBatches(
-            training.lengths, seed=arguments.seed, rows_per_step=rows, micro_batches=micro_batches
-        )
-        return meter.over(training_batches(training, order, position, tokenizer.pad_token_id))
+    batches = TrainingBatches(training, tokenizer.pad_token_id, arguments, accelerator)
 
     last = train(
         model,
         OBJECTIVES[arguments.task],
-        batches,
+        lambda position: meter.over(batches(position)),
         arguments,
         accelerator,
         evaluate=lambda engine: evaluate(engine, accelerator),

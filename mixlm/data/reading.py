@@ -320,7 +320,7 @@ def read_answers(
         start_logits: of each window, in the order of `windows`, [at least the length of the window].
         end_logits: likewise.
         unanswerable: whether "no answer" is an answer, as in SQuAD 2.0.
-        n_best_size: most candidates of a question; "no answer" is always one of them, if need be one more.
+        n_best_size: most candidates of a question; "no answer" and the best span are always among them.
         max_answer_length: most tokens of an answer.
         null_threshold: "no answer" is the answer where it scores higher than the best span by more than this.
 
@@ -341,9 +341,9 @@ def read_answers(
             if null_odds > null_threshold:
                 answer = null
             ranked = sorted([*spans, null], key=lambda span: -span.score)
-            candidates = ranked[:n_best_size]
-            if null not in candidates:
-                candidates.append(null)
+            # The best answer and "no answer" are candidates however few there are: a threshold decides between them.
+            always = [null, *spans[:1]]
+            candidates = [span for span in ranked if span in ranked[:n_best_size] or span in always]
         weights = np.exp(np.array([span.score for span in candidates]) - max(span.score for span in candidates))
         yield Reading(answer, candidates, (weights / weights.sum()).tolist(), null_odds)
 

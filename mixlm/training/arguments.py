@@ -24,6 +24,8 @@ class TrainingArguments:
 
     # The metric of an evaluation by which the best checkpoint is kept. None: the last is the best.
     best_metric: ClassVar[str | None] = None
+    # What that metric is of: when one of these has changed, earlier values of it cannot be compared with later ones.
+    judged_by: ClassVar[tuple[str, ...]] = ()
 
     # The run and its folder
     model_name: str = field(metadata={"help": "Name of the run; its folder is output_dir/model_name."})
@@ -139,7 +141,7 @@ class TrainingArguments:
         for name in ("learning_rate", "adam_epsilon"):
             self.require(0 < getattr(self, name) < math.inf, name, "above 0 and finite")
         self.require(0 <= self.seed < 2**32, "seed", "from 0 to 4294967295")
-        if self.num_steps is not None:
+        if self.num_steps is not None and self.warmup_steps is not None:
             self.check_schedule()
         self.require(not (self.fp16 and self.bf16), "fp16", "off when bf16 is on")
         self.require(
@@ -169,7 +171,7 @@ class TrainingArguments:
             raise UserError(f"--{name}={getattr(self, name)!r}: must be {rule}")
 
     def check_schedule(self) -> None:
-        """Raise UserError unless the steps of training, warm-up and schedule fit together."""
+        """Raise UserError unless the steps of training, warm-up and schedule fit together; they are known by now."""
         if self.scheduler_num_steps is None:
             self.scheduler_num_steps = self.num_steps
         self.require(self.num_steps >= 1, "num_steps", "at least 1")

@@ -1,7 +1,9 @@
-"""`accelerate launch --cpu --num_processes N` as its user means it."""
+"""Starting the ranks of a run: by this package itself, or by `accelerate launch` as its user means it."""
 
 import os
+import subprocess
 import sys
+from collections.abc import Sequence
 
 import psutil
 
@@ -45,3 +47,42 @@ def option_value(command_line: list[str], name: str) -> str | None:
         if option.startswith("--") and option[2:].replace("-", "_") == name:
             return value if equals else following
     return None
+
+
+def run_ranks(
+    module: str, arguments: Sequence[str], processes: int, threads: int = 1, timeout: float | None = None
+) -> str:
+    """Run a module of this package as so many ranks on this machine, and wait for their end.
+
+    Args:
+        module: for `python -m`.
+        arguments: of its command line.
+        processes: how many.
+        threads: of each, unless OMP_NUM_THREADS says otherwise.
+        timeout: seconds after which they are ended; None is never.
+
+    Returns:
+        what went wrong, in a line, or nothing.
+    """
+    # Freed memory goes back at once, so that the peak of a training is its own.
+    memory = {"MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    try:
+        done = subprocess.run(
+            [sys.executable, *torchrun, "-m", module, *arguments],
+            env={"OMP_NUM_THREADS": str(threads), **os.environ, **memory},
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=timeout,
+        )
+    except subprocess.TimeoutExpired:
+        return f"no end after {timeout:,.0f} seconds"
+    if done.returncode == 0:
+        return ""
+    lines = [line.strip() for line in done.stderr.splitlines()]
+    # What a rank says first, or else what torchrun says of how it ended.
+    telling = [line for line in lines if "rror" in line and "ChildFailed" not in line] + [
+        line for line in lines if line.startswith(("error", "exitcode")) or "Signal" in line
+    ]
+    return telling[0] if telling else f"exit code {done.returncode}"

@@ -94,10 +94,9 @@ def train(
             if run.state.step == arguments.num_steps:
                 break
             reason = run.stop_request.reason()
-            is_evaluation_due = arguments.eval_steps and run.state.step % arguments.eval_steps == 0
-            if is_evaluation_due and not reason:
+            if run.is_evaluation_step() and not reason:
                 run.keep_if_best(run.evaluate())
-            run.state.evaluation_due = bool(is_evaluation_due and reason)  # it is made when the run goes on
+            run.state.evaluation_due = bool(run.is_evaluation_step() and reason)  # it is made when the run goes on
             if reason:
                 run.save(must_succeed=True)
                 raise RunStopped(f"{reason}: stopped after step {run.state.step:,}; {how_to_go_on(arguments)}")
@@ -105,6 +104,8 @@ def train(
             if is_save_due and run.saved_step != run.state.step:
                 run.save(must_succeed=False)
         if run.saved_step != run.state.step:
+            # It is made below, but what was best must be known to a run that is made longer.
+            run.state.evaluation_due = arguments.best_metric is not None and run.is_evaluation_step()
             run.save(must_succeed=True)
     last = run.evaluate()
     run.keep_if_best(last)
@@ -141,8 +142,9 @@ class _Run:
             self._find_batch_size(longest_batch, earlier_arguments)
         self.resolved = {**arguments.to_dict(), "processes": accelerator.num_processes}
 
+        self.changed = changed_arguments(earlier_arguments, self.resolved) if checkpoint is not None else {}
         if checkpoint is not None:
-            self._announce(checkpoint, earlier_arguments)
+            self._announce(checkpoint)
             self.engine.load_moments(read_moments)
             if self.loss_scale is not None and self.state.scaler is not None:
                 self.loss_scale.load_state_dict(self.state.scaler)
@@ -158,16 +160,19 @@ class _Run:
         self.ancestors = [path for path in checkpoints_in(self.checkpoints) if step_of(path) <= self.state.step]
         if self.state.best and checkpoint_of(self.checkpoints, self.state.best.step) not in self.ancestors:
             self.state.best = None  # of another run, or deleted since
+        if self.state.best and (changed := [name for name in self.arguments.judged_by if name in self.changed]):
+            self.accelerator.print(f"  {changed[0]} has changed: earlier evaluations say nothing of what is best")
+            self.state.best = None
         # What an interrupted run has logged after its checkpoint is logged again.
         purge = {"tensorboard": {"purge_step": self.state.step + 1}}
         self.accelerator.init_trackers("tensorboard", init_kwargs=purge)
         self.progress = Progress(self.accelerator, self.arguments.num_steps, self.state.step)
-        if self.state.evaluation_due:
+        if self.state.evaluation_due and self.state.step < self.arguments.num_steps:
             self.keep_if_best(self.evaluate())
 
-    def _announce(self, checkpoint: Path, earlier_arguments: dict[str, Any]) -> None:
+    def _announce(self, checkpoint: Path) -> None:
         self.accelerator.print(f"going on from {checkpoint} (step {self.state.step:,})")
-        for name, (before, now) in changed_arguments(earlier_arguments, self.resolved).items():
+        for name, (before, now) in self.changed.items():
             self.accelerator.print(f"  changed since then: {name} {before} -> {now}")
         if self.state.step > self.arguments.num_steps:
             raise UserError(f"{checkpoint}: is at step {self.state.step}; give --num_steps of that or more to go on")
@@ -299,6 +304,10 @@ class _Run:
                 f"step {self.state.step + 1}: the fp16 gradient overflowed {skipped} times in a row; use a lower "
                 f"--learning_rate, or --bf16; {how_to_go_on(self.arguments)}"
             )
+
+    def is_evaluation_step(self) -> bool:
+        """Whether an evaluation belongs after this step."""
+        return bool(self.arguments.eval_steps) and self.state.step % self.arguments.eval_steps == 0
 
     def evaluate(self) -> Evaluation:
         """Evaluate and log."""

@@ -1,16 +1,16 @@
 """Fine-tuning for machine reading: what `run_mrc.py` is told, the scores of all windows, and what they are worth."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from ..data.corpus import load_splits
-from ..data.reading import Predictions, ReadingWindows
+from ..data.reading import Predictions, ReadingWindows, predictions_of
 from ..data.squad import (
     ReadingData,
     ReadingExample,
@@ -23,10 +23,9 @@ from ..data.squad import (
 )
 from ..errors import UserError
 from ..evaluation.reading import korquad_v1, squad_v1, squad_v2
-from ..reader import Decoding, WindowScores, in_order, scores_by_window
+from ..reader import Decoding, MixLMReader, WindowScores, in_order, scores_by_window
 from .arguments import TrainingArguments
 from .run import SKIPPED_FILE
-from .sharding import Engine
 
 METRICS = {"korquad_v1": korquad_v1, "squad_v1": squad_v1}
 
@@ -36,6 +35,11 @@ class ReadingArguments(TrainingArguments):
     """What `run_mrc.py` takes beside that."""
 
     best_metric: ClassVar[str | None] = "f1"
+    judged_by: ClassVar[tuple[str, ...]] = (
+        *("metric", "version_2_with_negative", "train_file", "dataset_name", "train_articles"),
+        *("validation_file", "validation_articles", "validation_split"),
+        *("max_seq_length", "doc_stride", "max_query_length", "n_best_size", "max_answer_length"),
+    )
 
     # Not as in pretraining
     model_name: str | None = field(
@@ -44,6 +48,9 @@ class ReadingArguments(TrainingArguments):
     learning_rate: float = field(default=5e-5, metadata={"help": "Peak learning rate of AdamW."})
     num_steps: int | None = field(
         default=None, metadata={"help": "Optimizer steps to train. None = by num_train_epochs."}
+    )
+    warmup_steps: int | None = field(
+        default=None, metadata={"help": "Steps in which the learning rate rises from 0. None = by warmup_ratio."}
     )
     num_train_epochs: float = field(default=3.0, metadata={"help": "How often to go through the data."})
     warmup_ratio: float = field(
@@ -128,8 +135,17 @@ class ReadingArguments(TrainingArguments):
         self.require(0 <= self.warmup_ratio < 1, "warmup_ratio", "at least 0 and below 1")
         self.require(0 < self.validation_split < 1, "validation_split", "between 0 and 1")
         self.require(self.tokens_per_step is None, "tokens_per_step", "left out: the number of steps depends on rows")
-        is_known = self.train_batch_size > 0 or self.effective_batch_size is not None or self.num_steps is not None
-        self.require(is_known, "train_batch_size", "above 0, unless num_steps or effective_batch_size is given")
+        says_when = self.num_steps is not None and self.eval_steps is not None
+        is_known = self.train_batch_size > 0 or self.effective_batch_size is not None or says_when
+        rule = "above 0, unless effective_batch_size, or num_steps and eval_steps, are given"
+        self.require(is_known, "train_batch_size", rule)
+        for name in ("n_best_size", "max_answer_length"):
+            self.require(getattr(self, name) >= 1, name, "at least 1")
+        if self.seeds is not None:
+            are_seeds = all(0 <= seed < 2**32 for seed in self.seeds)
+            are_distinct = len(set(self.seeds)) == len(self.seeds) > 0
+            self.require(are_seeds and are_distinct, "seeds", "one or more different numbers from 0 to 4294967295")
+            self.require(self.resume in ("auto", "never"), "resume", "auto or never with seeds")
 
     def fit_schedule(self, training_windows: int, processes: int) -> None:
         """Set num_steps, warmup_steps and eval_steps, where they are to follow from the data.
@@ -139,12 +155,15 @@ class ReadingArguments(TrainingArguments):
             processes: that share a step.
         """
         rows = self.effective_batch_size or self.train_batch_size * self.gradient_accumulation_steps * processes
-        steps_per_epoch = max(1, training_windows // rows) if rows else 0
+        if rows:  # otherwise it is said when to end, and when to evaluate
+            steps_per_epoch = max(1, training_windows // rows)
+            if self.max_steps_per_epoch is not None:
+                steps_per_epoch = min(steps_per_epoch, self.max_steps_per_epoch)
         if self.num_steps is None:
             self.num_steps = max(1, round(self.num_train_epochs * steps_per_epoch))
         if self.scheduler_num_steps is None:
             self.scheduler_num_steps = self.num_steps
-        if self.warmup_steps == 0:
+        if self.warmup_steps is None:
             self.warmup_steps = int(self.warmup_ratio * self.scheduler_num_steps)
         if self.eval_steps is None:
             self.eval_steps = steps_per_epoch
@@ -239,19 +258,19 @@ def _notes(data: ReadingData) -> list[str]:
 
 
 def window_scores(
-    engine: Engine, windows: ReadingWindows, rows: int, pad_token_id: int, accelerator: Accelerator
+    model: Callable[..., Any], windows: ReadingWindows, rows: int, pad_token_id: int, accelerator: Accelerator
 ) -> WindowScores:
     """The logits of all windows, on every rank.
 
     Args:
-        engine: of a ForQuestionAnswering model, in evaluation mode.
+        model: a ForQuestionAnswering model or its engine, in evaluation mode.
         windows: all of them; the ranks share the work.
         rows: of a batch.
         pad_token_id: the padding token.
         accelerator: joins the ranks.
     """
     rank, ranks = accelerator.process_index, accelerator.num_processes
-    own = list(scores_by_window(engine, accelerator.device, windows, rows, pad_token_id, rank, ranks))
+    own = list(scores_by_window(model, accelerator.device, windows, rows, pad_token_id, rank, ranks))
     return in_order(windows, gather_object(own))
 
 
@@ -287,6 +306,14 @@ def reading_metrics(
 def best_answer(candidates: Sequence[Mapping[str, str | float]]) -> str:
     """The best candidate that is an answer; "" where there is none."""
     return next((candidate["text"] for candidate in candidates if candidate["text"]), "")
+
+
+def read_over_ranks(reader: MixLMReader, examples: Sequence[ReadingExample], accelerator: Accelerator) -> Predictions:
+    """The answers of a reader on the accelerator's device; the ranks share the work, and all get all answers."""
+    windows = reader.decoding.windows(examples, reader.tokenizer)
+    pad_token_id = reader.tokenizer.pad_token_id
+    scores = window_scores(reader.model, windows, reader.batch_size, pad_token_id, accelerator)
+    return predictions_of(windows, reader.decoding.read(windows, scores))
 
 
 def decoding_of(arguments: ReadingArguments) -> Decoding:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list
 from transformers import PreTrainedTokenizerBase
@@ -188,13 +189,18 @@ def finish_run(
     accelerator: Accelerator,
 ) -> None:
     """Put the model of the checkpoint that `train` has chosen, the tokenizer and eval_results.json into the run's
-    folder."""
+    folder, and close its curves.
+
+    Raises:
+        UserError: it cannot be written, or that checkpoint is damaged.
+    """
     folder = arguments.run_folder
 
     def write() -> None:
         try:
             with whole_folder(folder / FINAL_FOLDER) as partial:
                 checkpoint = checkpoint_of(folder / CHECKPOINTS, chosen.step)
+                verify(checkpoint)
                 shutil.copytree(checkpoint / MODEL_FOLDER, partial, dirs_exist_ok=True)
                 tokenizer.save_pretrained(partial)
                 results = {f"eval/{name}": value for name, value in chosen.metrics.items()}
@@ -212,3 +218,11 @@ def finish_run(
         print(f"model, tokenizer and results are in {folder}; draw its curves with: mixlm report {folder}")
 
     on_main_process(accelerator, write)
+    for tracker in accelerator.trackers:
+        tracker.finish()
+
+
+def end_processes() -> None:
+    """End the process group, after the last run of this process."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

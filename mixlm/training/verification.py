@@ -10,7 +10,6 @@ import importlib.util
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -31,6 +30,7 @@ from ..modeling_mixlm import MixLMForPreTraining
 from ..modeling_switch import MixLMSwitchForPreTraining
 from .arguments import TrainingArguments
 from .checkpoint import MODEL_FOLDER, OPTIMIZER_FILE, checkpoints_in
+from .launch import run_ranks
 from .loop import train
 from .memory import MemoryMeter
 from .objectives import Batch, SentenceOrderObjective
@@ -199,30 +199,9 @@ def verify_engines(
 
 
 def _train_on(processes: int, case: Case, family: str, precisions: list[str], folder: Path) -> str:
-    """Train in `folder` with torchrun; returns what went wrong, in a line, or nothing."""
-    # Freed memory goes back at once, so that the next training's peak is its own.
-    memory = {"MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536"}
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    worker = ["-m", "mixlm.training.verification", str(folder), json.dumps(case._asdict()), family, *precisions]
-    try:
-        done = subprocess.run(
-            [sys.executable, *launch, *worker],
-            env={"OMP_NUM_THREADS": "1", **os.environ, **memory},
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=TIMEOUT_SECONDS,
-        )
-    except subprocess.TimeoutExpired:
-        return f"no end after {TIMEOUT_SECONDS} seconds"
-    if done.returncode == 0:
-        return ""
-    lines = [line.strip() for line in done.stderr.splitlines()]
-    # What a rank says first, or else what torchrun says of how it ended.
-    telling = [line for line in lines if "rror" in line and "ChildFailed" not in line] + [
-        line for line in lines if line.startswith(("error", "exitcode")) or "Signal" in line
-    ]
-    return telling[0] if telling else f"exit code {done.returncode}"
+    """Train in `folder`; returns what went wrong, in a line, or nothing."""
+    task = [str(folder), json.dumps(case._asdict()), family, *precisions]
+    return run_ranks("mixlm.training.verification", task, processes, timeout=TIMEOUT_SECONDS)
 
 
 def _outcome(folder: Path, precision: str, repetition: int) -> Outcome:

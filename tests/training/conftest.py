@@ -6,19 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import Ranks
-from small_runs import Rows, build_arguments, build_model, reset_accelerate, run_small
+from small_runs import Rows, build_arguments, build_model, run_small
 from tensorboard.summary.writer import event_file_writer
 
 from mixlm.data.batching import collate
 from mixlm.training.arguments import TrainingArguments
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    """Accelerate keeps device and process group for the whole process; a test gets its own."""
-    reset_accelerate()
-    yield
-    reset_accelerate()
 
 
 @pytest.fixture(autouse=True)

@@ -57,7 +57,7 @@ def test_the_best_is_kept_beside_the_last(training, scores, best, kept):
 
 def test_a_run_that_goes_on_remembers_the_best(training):
     assert training([9, 5], num_steps=4, save_total_limit=1) == Evaluation(2, {"score": 9})
-    assert training([7], resume="auto", save_total_limit=1) == Evaluation(2, {"score": 9})
+    assert training([5, 7], resume="auto", save_total_limit=1) == Evaluation(2, {"score": 9})
     assert training.kept == ["step-00000002", "step-00000006"]
     assert read_state(training.output_dir / "run" / "checkpoints" / "step-00000006")["best"]["step"] == 2
 
@@ -66,7 +66,7 @@ def test_a_best_that_was_deleted_is_forgotten(training):
     training([9, 5], num_steps=4)
     folder = training.output_dir / "run" / "checkpoints" / "step-00000002"
     (folder / "state.json").unlink()
-    assert training([7], resume="auto") == Evaluation(6, {"score": 7})
+    assert training([5, 7], resume="auto") == Evaluation(6, {"score": 7})
 
 
 def test_a_best_that_cannot_be_written_is_none(training, monkeypatch, capfd):

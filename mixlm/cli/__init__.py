@@ -1,0 +1,63 @@
+"""`mixlm <verb>`: everything that is not training.
+
+A verb is a function `add_..._parser(subparsers)` that ends with `set_defaults(run=function)`. The function imports
+what it needs when it runs.
+"""
+
+import argparse
+import sys
+from itertools import takewhile
+
+from ..errors import UserError, exits_on_user_error
+from .costs import add_plan_parser, add_profile_parser
+from .models import add_convert_parser, add_fill_mask_parser, add_read_parser
+from .runs import add_report_parser, add_verify_engines_parser
+from .tables import did_you_mean
+from .tokenizer import add_tokenizer_parser
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line and that knows which option was meant."""
+
+    def __init__(self, **kwargs):
+        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def parse_known_args(self, args=None, namespace=None):
+        # Looked at before parsing: argparse would first complain that the misspelled option is missing.
+        args = sys.argv[1:] if args is None else list(args)
+        options = takewhile(lambda argument: argument != "--", args)
+        if self._subparsers is not None:
+            options = takewhile(lambda argument: argument.startswith("-"), options)
+        for option in options:
+            name = option.partition("=")[0]
+            if name.startswith("--") and name not in self._option_string_actions:
+                self.error(f"unknown option {name}{did_you_mean(name, self._option_string_actions)}")
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message: str):
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+@exits_on_user_error
+def main(argv: list[str] | None = None) -> None:
+    """Run one verb.
+
+    Args:
+        argv: the arguments after `mixlm`; those of the process if None.
+
+    Raises:
+        SystemExit: with 2 after an error of the user's, with 0 after `--help`.
+    """
+    parser = _Parser(prog="mixlm", description="Encoders for retrieval and machine reading: everything but training.")
+    subparsers = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+    add_tokenizer_parser(subparsers)
+    add_fill_mask_parser(subparsers)
+    add_read_parser(subparsers)
+    add_report_parser(subparsers)
+    add_profile_parser(subparsers)
+    add_plan_parser(subparsers)
+    add_verify_engines_parser(subparsers)
+    add_convert_parser(subparsers)
+    arguments = parser.parse_args(argv)
+    arguments.run(arguments)

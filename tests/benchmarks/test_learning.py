@@ -1,0 +1,149 @@
+"""The runner of learning studies: its tables, its results, and the models it compares."""
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).parents[2] / "benchmarks" / "learning"
+sys.path.insert(0, str(FOLDER))
+
+import models
+import study
+import train_one
+
+from mixlm.data.batching import Position
+from mixlm.data.corpus import read_documents
+from mixlm.errors import UserError
+from mixlm.training.checkpoint import skeleton_of
+
+SAMPLE = FOLDER.parents[1] / "mixlm" / "sample"
+LINE = {"name": "a", "model": "mixlm", "steps": 10, "seeds": [1, 2]}
+SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 32, "num_attention_heads": 2}
+
+
+class Tokenizer:
+    pad_token_id, cls_token_id, sep_token_id = 0, 2, 3
+
+    def __len__(self):
+        return 60
+
+
+def table(folder: Path, *lines) -> Path:
+    file = folder / "table.jsonl"
+    file.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines), "utf-8")
+    return file
+
+
+def test_a_line_is_a_run_for_each_seed(tmp_path):
+    runs = study.read_table(table(tmp_path, LINE, "", {**LINE, "seeds": [3], "arguments": {"learning_rate": 1e-3}}))
+    assert [(run["seed"], run["arguments"]) for run in runs] == [(1, {}), (2, {}), (3, {"learning_rate": 1e-3})]
+    assert len({study.key_of(run) for run in runs}) == 3
+    assert study.key_of({**runs[0], "name": "another"}) == study.key_of(runs[0])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 1: is not JSON"),
+        ({**LINE, "seed": 1}, "'seed' is not known"),
+        ({"model": "mixlm", "steps": 1, "seeds": [1]}, "'name' is missing"),
+        ({**LINE, "minutes": 4}, "give one of minutes, tokens, steps"),
+        ({name: value for name, value in LINE.items() if name != "steps"}, "give one of minutes, tokens, steps"),
+    ],
+)
+def test_a_wrong_line_is_named(tmp_path, line, message):
+    with pytest.raises(UserError, match=message):
+        study.read_table(table(tmp_path, line))
+
+
+@pytest.mark.parametrize("file", sorted((FOLDER / "tables").glob("*.jsonl")), ids=lambda file: file.stem)
+def test_the_tables_ask_for_what_there_is(file):
+    for run in study.read_table(file):
+        assert run["model"] in {*models.OWN, *models.PEERS}
+        models.build_model(run["model"], run["fields"], Tokenizer())
+        train_one.arguments_of({**run, "corpus": "c", "tokenizer": "t"}, Path("x"), "run", num_steps=100)
+
+
+def test_results_are_kept_line_by_line(tmp_path):
+    file = tmp_path / "results.jsonl"
+    assert study.read_results(file) == []
+    for number in range(3):
+        study.keep({"key": str(number), "name": "한글"}, file)
+    assert [result["key"] for result in study.read_results(file)] == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize(
+    ("budget", "steps"), [({"steps": 7}, 7), ({"tokens": 5000}, 50), ({"minutes": 2}, 240), ({"minutes": 0.001}, 8)]
+)
+def test_a_budget_is_a_number_of_steps(budget, steps):
+    assert train_one.number_of_steps(budget, seconds=0.5, tokens=100.0) == steps
+
+
+def test_the_meter_counts_steps_and_not_what_lies_between(monkeypatch):
+    now = SimpleNamespace(seconds=0.0)
+    monkeypatch.setattr(train_one.time, "process_time", lambda: now.seconds)
+    meter = train_one.Meter(seconds=100.0, tokens=1000)
+    batch = {"attention_mask": torch.tensor([[1, 1, 0]])}
+    for number, _ in enumerate(meter.over(iter([(Position(), [batch, batch])] * 3))):
+        now.seconds += 1.0
+        if number == 1:
+            meter.pause()
+            now.seconds += 50.0
+            meter.resume()
+    meter.pause()
+    assert (meter.seconds, meter.tokens) == (103.0, 1000 + 3 * 4)
+
+
+@pytest.mark.parametrize("kind", models.PEERS)
+def test_a_peer_scores_labelled_tokens_with_its_own_head(kind):
+    """As its own ForMaskedLM does: the same loss, without scoring what has no label."""
+    fields = {**SMALL, **({"embedding_size": 16} if kind in ("albert", "electra") else {})}
+    fields |= {"embedding_size": 32} if kind == "convbert" else {}
+    torch.manual_seed(0)
+    model = models.build_model(kind, fields, Tokenizer()).eval()
+    input_ids = torch.randint(5, 60, (3, 8))
+    labels = torch.where(torch.rand(3, 8) < 0.4, input_ids, -100)
+    order = torch.tensor([0, 1, -100])
+    mask = torch.ones_like(input_ids)
+    found = model(input_ids=input_ids, attention_mask=mask, labels=labels, sentence_order_label=order)
+    expected = model.masked_lm(input_ids=input_ids, attention_mask=mask, labels=labels)
+    torch.testing.assert_close(found.mlm_loss, expected.loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.prediction_logits, expected.logits[labels != -100], rtol=1e-4, atol=1e-5)
+    names = {name for name, _ in model.named_parameters()}
+    assert names == {name for name, _ in skeleton_of(model).named_parameters()}
+    counts = models.parameter_counts(model)
+    assert 0 < counts["non_embedding_parameters"] < counts["parameters"]
+
+
+def test_a_study_makes_a_run_and_keeps_it_once(tmp_path, monkeypatch, capsys):
+    """A whole one, in processes of its own, and again: nothing is left to do."""
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    documents = list(read_documents(SAMPLE))[:20]
+    text = "\n\n".join("\n".join(document.sentences) for document in documents)
+    (corpus / "text.dat").write_text(text, "utf-8")
+    line = {**LINE, "seeds": [1], "steps": 8, "fields": {"hidden_size": 32, "ff_dim": 32, "num_hidden_layers": 1}}
+    file = table(tmp_path, line)
+    results = tmp_path / "results.jsonl"
+    monkeypatch.setattr(study, "VOCABULARY", 500)
+    arguments = [
+        str(file),
+        "--corpus_path",
+        str(corpus),
+        "--work_dir",
+        str(tmp_path / "work"),
+        "--results",
+        str(results),
+    ]
+    for _ in range(2):
+        monkeypatch.setattr(sys, "argv", ["study.py", *arguments])
+        study.main()
+    assert "1 of them kept already" in capsys.readouterr().out
+    (result,) = study.read_results(results)
+    assert [point["step"] for point in result["curve"]] == list(range(1, 9))
+    assert result["steps"] == 8 and result["curve"][-1]["tokens"] > 0
+    assert [folder.name for folder in (tmp_path / "work").iterdir() if folder.name == result["key"]] == []
