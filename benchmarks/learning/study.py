@@ -131,7 +131,8 @@ def main() -> None:
 
     known = {result["key"] for result in read_results(arguments.results)}
     runs = {key_of(run): run for table in arguments.tables for run in read_table(table)}
-    due = [run for key, run in runs.items() if key not in known]
+    # All of the first seeds before any of the second: a study that was stopped early has looked at every question.
+    due = sorted((run for key, run in runs.items() if key not in known), key=lambda run: run["seed"])
     print(f"{len(runs)} runs, {len(runs) - len(due)} of them kept already")
     work = arguments.work_dir.resolve()
     work.mkdir(parents=True, exist_ok=True)
