@@ -9,8 +9,10 @@ A line of a table is a run for each of its seeds:
      "seeds": [1, 2, 3]}
 
 `model` is a name in models.py, `fields` are of its configuration, `arguments` of run_pretraining.py, and the budget
-is `minutes` of CPU time, `tokens`, or `steps`. Every run has one thread. Results are lines of results.jsonl; what is
-there already is not made again, and a run that was killed goes on from its last checkpoint.
+is `minutes` of CPU time, `tokens`, or `steps`. A line can also have `candidates`, names in candidates.py; `stages`,
+such as [{"from": 0.5, "max_seq_length": 128}], which change arguments at a share of the steps; `held_out`, arguments
+of the text it is judged on; and `vocabulary`, the size of the tokenizer. Every run has one thread. Results are lines
+of results.jsonl; what is there already is not made again, and a run that was killed goes on from its last checkpoint.
 """
 
 import argparse
@@ -35,7 +37,8 @@ from mixlm.tokenization import train_tokenizer
 FOLDER = Path(__file__).resolve().parent
 RESULTS = FOLDER / "results.jsonl"
 BUDGETS = ("minutes", "tokens", "steps")
-VOCABULARY = 8000
+# What a line need not have, and what it has then.
+OPTIONAL = {"fields": {}, "arguments": {}, "candidates": [], "stages": [], "held_out": {}, "vocabulary": 8000}
 
 
 def read_table(file: Path) -> list[dict[str, Any]]:
@@ -53,7 +56,7 @@ def read_table(file: Path) -> list[dict[str, Any]]:
             fields = json.loads(line)
         except ValueError as error:
             raise UserError(f"{where}: is not JSON ({error})") from error
-        known = {"name", "model", "fields", "arguments", "seeds", *BUDGETS}
+        known = {"name", "model", "seeds", *OPTIONAL, *BUDGETS}
         if unknown := sorted(set(fields) - known):
             raise UserError(f"{where}: {unknown[0]!r} is not known; use {', '.join(sorted(known))}")
         if missing := sorted({"name", "model", "seeds"} - set(fields)):
@@ -61,13 +64,14 @@ def read_table(file: Path) -> list[dict[str, Any]]:
         if len(set(fields) & set(BUDGETS)) != 1:
             raise UserError(f"{where}: give one of {', '.join(BUDGETS)}")
         seeds = fields.pop("seeds")
-        runs += [{"fields": {}, "arguments": {}, **fields, "seed": seed} for seed in seeds]
+        runs += [{**OPTIONAL, **fields, "seed": seed} for seed in seeds]
     return runs
 
 
 def key_of(run: dict[str, Any]) -> str:
     """What tells a run from others: all that is in it but its name."""
-    content = json.dumps({name: value for name, value in run.items() if name != "name"}, sort_keys=True)
+    told = {name: value for name, value in run.items() if name != "name" and OPTIONAL.get(name) != value}
+    content = json.dumps(told, sort_keys=True)
     return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
 
 
@@ -83,24 +87,25 @@ def keep(result: dict[str, Any], file: Path) -> None:
         lines.write(json.dumps(result, ensure_ascii=False) + "\n")
 
 
-def prepare_tokenizer(corpus: str, work: Path) -> Path:
-    """The tokenizer of all runs: 8,000 pieces from their corpus."""
-    folder = work / "tokenizer"
+def prepare_tokenizer(corpus: str, vocabulary: int, work: Path) -> Path:
+    """A tokenizer of so many pieces from the corpus."""
+    folder = work / f"tokenizer-{vocabulary}"
     if not folder.is_dir():
         sentences = (sentence for document in read_documents(corpus) for sentence in document.sentences)
-        partial = work / "tokenizer.partial"
+        partial = work / f"tokenizer-{vocabulary}.partial"
         shutil.rmtree(partial, ignore_errors=True)
-        train_tokenizer(sentences, VOCABULARY).save_pretrained(partial)
+        train_tokenizer(sentences, vocabulary).save_pretrained(partial)
         partial.rename(folder)
     return folder
 
 
-def make(run: dict[str, Any], corpus: str, tokenizer: Path, work: Path, results: Path) -> str:
+def make(run: dict[str, Any], corpus: str, work: Path, results: Path) -> str:
     """Make one run, in a process of its own, and keep what came of it; returns what went wrong, or nothing."""
     folder = work / key_of(run)
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "specification.json"
-    file.write_text(json.dumps({**run, "corpus": corpus, "tokenizer": str(tokenizer)}), "utf-8")
+    tokenizer = str(work / f"tokenizer-{run['vocabulary']}")
+    file.write_text(json.dumps({**run, "corpus": corpus, "tokenizer": tokenizer}), "utf-8")
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
@@ -136,10 +141,11 @@ def main() -> None:
     print(f"{len(runs)} runs, {len(runs) - len(due)} of them kept already")
     work = arguments.work_dir.resolve()
     work.mkdir(parents=True, exist_ok=True)
-    tokenizer = prepare_tokenizer(arguments.corpus_path, work)
+    for vocabulary in sorted({run["vocabulary"] for run in due}):
+        prepare_tokenizer(arguments.corpus_path, vocabulary, work)
     failed = 0
     with ThreadPoolExecutor(arguments.at_once) as pool:
-        makings = pool.map(lambda run: make(run, arguments.corpus_path, tokenizer, work, arguments.results), due)
+        makings = pool.map(lambda run: make(run, arguments.corpus_path, work, arguments.results), due)
         for run, failure in tqdm(zip(due, makings, strict=True), total=len(due), unit="run", desc="study"):
             if failure:
                 failed += 1

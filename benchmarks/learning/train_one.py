@@ -6,19 +6,25 @@ started again, it goes on from its last checkpoint.
 """
 
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from candidates import NEW_MODELS, TRAININGS
 from models import PEERS, build_model, parameter_counts
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from mixlm.data.batching import Position, evaluation_batches
+from mixlm.data.corpus import Document, read_documents
 from mixlm.data.examples import SentenceOrderExamples
 from mixlm.data.store import TokenizedCorpus, open_corpus
 from mixlm.errors import exits_on_user_error
@@ -39,7 +45,9 @@ WARMUP_SHARE = 0.05
 # Every run is judged on the same texts under the same masks.
 HELD_OUT = {"max_seq_length": 64, "masking": "ngram", "seed": 0}
 CURVE_POINTS, CURVE_EXAMPLES, FINAL_EXAMPLES = 8, 250, 1000
-STEPS_BEFORE_TIMING, TIMED_STEPS = 5, 25
+STEPS_BEFORE_TIMING, TIMED_STEPS, TIMING_ROUNDS = 5, 25, 3
+EPOCHS_OF_A_STAGE = 1000  # more than there are
+DOCUMENTS_TO_MEASURE = 1000
 
 
 class Meter:
@@ -71,6 +79,33 @@ class Meter:
         self.started = time.process_time()
 
 
+class StagedBatches:
+    """Batches of one stage after the other, as `loop.train` asks for them; no stage sees an example as another has.
+
+    Args:
+        stages: the step before which each begins, ascending from 0, and its batches.
+        done: steps that are made already.
+    """
+
+    def __init__(self, stages: list[tuple[int, TrainingBatches]], done: int):
+        self.stages, self.done = stages, done
+
+    def __call__(self, position: Position) -> Iterator[tuple[Position, list[Batch]]]:
+        """Step by step the position after it and the micro-batches; `position` is the one after step `done`."""
+        step = self.done
+        ends = [first for first, _ in self.stages[1:]] + [math.inf]
+        for stage, ((_, batches), end) in enumerate(zip(self.stages, ends, strict=True)):
+            if step >= end:
+                continue
+            for after, micro_batches in batches(position):
+                step += 1
+                if step == end:
+                    position = Position(epoch=(stage + 1) * EPOCHS_OF_A_STAGE)
+                    yield position, micro_batches
+                    break
+                yield after, micro_batches
+
+
 def arguments_of(specification: dict[str, Any], folder: Path, name: str, **more: Any) -> PretrainingArguments:
     """The arguments of a run of run_pretraining.py, in `folder`/`name`."""
     return PretrainingArguments(
@@ -89,23 +124,38 @@ def train_once(
     tokenizer: PreTrainedTokenizerBase,
     meter: Meter,
     evaluate: Callable[[Engine, Accelerator], dict[str, float]],
+    done: int = 0,
 ) -> tuple[nn.Module, dict[str, float]]:
-    """A training by the loop of mixlm; returns the model and the metrics of its end."""
+    """A training by mixlm's loop, of which `done` steps are made; returns the model and the metrics of its end."""
     accelerator = prepare_run(arguments)
     objective = {} if specification["model"] in PEERS else {"pretraining_objective": arguments.task.lower()}
     model = build_model(specification["model"], {**objective, **specification["fields"]}, tokenizer)
-    training, _ = build_examples(arguments, tokenizer, open_training_corpus(arguments, tokenizer))
-
-    batches = TrainingBatches(training, tokenizer.pad_token_id, arguments, accelerator)
-
-    last = train(
-        model,
-        OBJECTIVES[arguments.task],
-        lambda position: meter.over(batches(position)),
-        arguments,
-        accelerator,
-        evaluate=lambda engine: evaluate(engine, accelerator),
-    )
+    candidates = specification["candidates"]
+    stages = []
+    for stage in [{"from": 0.0}, *specification["stages"]]:
+        changed = {name: value for name, value in stage.items() if name != "from"}
+        own = replace(arguments, **changed)
+        corpus = open_training_corpus(own, tokenizer)
+        training, _ = build_examples(own, tokenizer, corpus)
+        first = round(stage["from"] * arguments.num_steps)
+        stages.append((first, TrainingBatches(training, tokenizer.pad_token_id, own, accelerator)))
+    unigram = unigram_log_probabilities(corpus.token_counts)
+    for name in candidates:
+        if name in NEW_MODELS:
+            NEW_MODELS[name](model, unigram)
+    batches = StagedBatches(stages, done)
+    with ExitStack() as trainings:
+        for name in candidates:
+            if name in TRAININGS:
+                trainings.enter_context(TRAININGS[name]())
+        last = train(
+            model,
+            OBJECTIVES[arguments.task],
+            lambda position: meter.over(batches(position)),
+            arguments,
+            accelerator,
+            evaluate=lambda engine: evaluate(engine, accelerator),
+        )
     accelerator.end_training()
     return model, last.metrics
 
@@ -119,29 +169,41 @@ def open_training_corpus(arguments: PretrainingArguments, tokenizer: PreTrainedT
 def cost_of_a_step(
     specification: dict[str, Any], folder: Path, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[float, float]:
-    """CPU seconds and tokens of a step, as measured when the run was first begun."""
+    """CPU seconds and tokens of a step, as measured when the run was first begun.
+
+    A busy machine makes CPU time longer, by a third and more, but never shorter: the same steps are timed several
+    times, and the shortest time counts.
+    """
     file = folder / "cost_of_a_step.json"
     if not file.is_file():
-        meter, marks = Meter(), []
+        rounds = []
+        for _ in range(TIMING_ROUNDS):
+            meter, marks = Meter(), []
 
-        def mark(engine: Engine, accelerator: Accelerator) -> dict[str, float]:
-            meter.pause()
-            marks.append((meter.seconds, meter.tokens))
-            meter.resume()
-            return {}
+            def mark(engine: Engine, accelerator: Accelerator, meter=meter, marks=marks) -> dict[str, float]:
+                meter.pause()
+                marks.append((meter.seconds, meter.tokens))
+                meter.resume()
+                return {}
 
-        steps = {"num_steps": STEPS_BEFORE_TIMING + TIMED_STEPS, "eval_steps": STEPS_BEFORE_TIMING}
-        arguments = arguments_of(specification, folder, "timing", overwrite_output_dir=True, save_steps=0, **steps)
-        train_once(arguments, specification, tokenizer, meter, mark)
-        first, last = marks[0], marks[-1]
-        file.write_text(json.dumps([(end - start) / TIMED_STEPS for start, end in zip(first, last, strict=True)]))
+            steps = {"num_steps": STEPS_BEFORE_TIMING + TIMED_STEPS, "eval_steps": STEPS_BEFORE_TIMING}
+            arguments = arguments_of(specification, folder, "timing", overwrite_output_dir=True, save_steps=0, **steps)
+            train_once(arguments, specification, tokenizer, meter, mark)
+            rounds.append([(end - start) / TIMED_STEPS for start, end in zip(marks[0], marks[-1], strict=True)])
+        file.write_text(json.dumps(min(rounds)))
     return tuple(json.loads(file.read_text()))
 
 
-def number_of_steps(specification: dict[str, Any], seconds: float, tokens: float) -> int:
-    """Of a run, by its budget: `steps`, or `tokens`, or `minutes` of CPU time."""
+def number_of_steps(specification: dict[str, Any], cost: Callable[[], tuple[float, float]]) -> int:
+    """Of a run, by its budget: `steps`, or `tokens`, or `minutes` of CPU time.
+
+    Args:
+        specification: of the run.
+        cost: measures the CPU seconds and tokens of a step.
+    """
     if "steps" in specification:
         return specification["steps"]
+    seconds, tokens = cost()
     if "tokens" in specification:
         return max(CURVE_POINTS, round(specification["tokens"] / tokens))
     return max(CURVE_POINTS, round(60 * specification["minutes"] / seconds))
@@ -151,8 +213,7 @@ def train_one(specification: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Train to the end of the budget; returns what is to be written down.
 
     Args:
-        specification: `model`, `fields`, `arguments`, `seed`, a budget, and the paths `corpus` and `tokenizer`; see
-            study.py.
+        specification: what study.py says of a line, with one seed, and the paths `corpus` and `tokenizer`.
         folder: for the checkpoints, which are of no use afterwards.
     """
     tokenizer = load_tokenizer(specification["tokenizer"])
@@ -162,11 +223,11 @@ def train_one(specification: dict[str, Any], folder: Path) -> dict[str, Any]:
         tokenizer=specification["tokenizer"],
         max_eval_examples=FINAL_EXAMPLES,
         task=specification["arguments"].get("task", "SOP"),
-        **HELD_OUT,
+        **{**HELD_OUT, **specification["held_out"]},
     )
     corpus = open_training_corpus(held_out_arguments, tokenizer)
     unigram = unigram_log_probabilities(corpus.token_counts)
-    steps = number_of_steps(specification, *cost_of_a_step(specification, folder, tokenizer))
+    steps = number_of_steps(specification, lambda: cost_of_a_step(specification, folder, tokenizer))
 
     points = max(1, steps // CURVE_POINTS)
     arguments = arguments_of(
@@ -199,8 +260,22 @@ def train_one(specification: dict[str, Any], folder: Path) -> dict[str, Any]:
         meter.resume()
         return metrics
 
-    model, metrics = train_once(arguments, specification, tokenizer, meter, evaluate)
-    return {**parameter_counts(model), "steps": steps, "curve": curve, "metrics": metrics}
+    model, metrics = train_once(arguments, specification, tokenizer, meter, evaluate, done)
+    documents = list(islice(read_documents(specification["corpus"]), DOCUMENTS_TO_MEASURE))
+    return {
+        **parameter_counts(model),
+        "characters_per_token": characters_per_token(tokenizer, documents),
+        "steps": steps,
+        "curve": curve,
+        "metrics": metrics,
+    }
+
+
+def characters_per_token(tokenizer: PreTrainedTokenizerBase, documents: list[Document]) -> float:
+    """By which losses per token of different vocabularies become comparable."""
+    sentences = [sentence for document in documents for sentence in document.sentences]
+    tokens = sum(map(len, tokenizer(sentences, add_special_tokens=False)["input_ids"]))
+    return sum(map(len, sentences)) / tokens
 
 
 @exits_on_user_error

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ import torch
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "learning"
 sys.path.insert(0, str(FOLDER))
 
+import candidates
 import models
 import study
 import train_one
@@ -65,7 +67,13 @@ def test_the_tables_ask_for_what_there_is(file):
     for run in study.read_table(file):
         assert run["model"] in {*models.OWN, *models.PEERS}
         models.build_model(run["model"], run["fields"], Tokenizer())
-        train_one.arguments_of({**run, "corpus": "c", "tokenizer": "t"}, Path("x"), "run", num_steps=100)
+        assert set(run["candidates"]) <= {*candidates.NEW_MODELS, *candidates.TRAININGS}
+        for stage in [{}, *run["stages"]]:
+            changed = {name: value for name, value in stage.items() if name != "from"}
+            arguments = train_one.arguments_of(
+                {**run, "corpus": "c", "tokenizer": "t"}, Path("x"), "run", num_steps=100
+            )
+            replace(arguments, **changed)
 
 
 def test_results_are_kept_line_by_line(tmp_path):
@@ -80,7 +88,7 @@ def test_results_are_kept_line_by_line(tmp_path):
     ("budget", "steps"), [({"steps": 7}, 7), ({"tokens": 5000}, 50), ({"minutes": 2}, 240), ({"minutes": 0.001}, 8)]
 )
 def test_a_budget_is_a_number_of_steps(budget, steps):
-    assert train_one.number_of_steps(budget, seconds=0.5, tokens=100.0) == steps
+    assert train_one.number_of_steps(budget, lambda: (0.5, 100.0)) == steps
 
 
 def test_the_meter_counts_steps_and_not_what_lies_between(monkeypatch):
@@ -126,10 +134,15 @@ def test_a_study_makes_a_run_and_keeps_it_once(tmp_path, monkeypatch, capsys):
     documents = list(read_documents(SAMPLE))[:20]
     text = "\n\n".join("\n".join(document.sentences) for document in documents)
     (corpus / "text.dat").write_text(text, "utf-8")
-    line = {**LINE, "seeds": [1], "steps": 8, "fields": {"hidden_size": 32, "ff_dim": 32, "num_hidden_layers": 1}}
+    line = {
+        **LINE,
+        "seeds": [1],
+        "steps": 8,
+        "vocabulary": 500,
+        "fields": {"hidden_size": 32, "ff_dim": 32, "num_hidden_layers": 1},
+    }
     file = table(tmp_path, line)
     results = tmp_path / "results.jsonl"
-    monkeypatch.setattr(study, "VOCABULARY", 500)
     arguments = [
         str(file),
         "--corpus_path",
