@@ -44,7 +44,9 @@ DEFAULTS = {"max_seq_length": 64, "train_batch_size": 16, "learning_rate": 1e-3}
 WARMUP_SHARE = 0.05
 # Every run is judged on the same texts under the same masks.
 HELD_OUT = {"max_seq_length": 64, "masking": "ngram", "seed": 0}
-CURVE_POINTS, CURVE_EXAMPLES, FINAL_EXAMPLES = 8, 250, 1000
+# Evaluations on the way: a short run has the fewest, a long one the most.
+FEWEST_POINTS, MOST_POINTS, STEPS_OF_A_POINT = 8, 32, 250
+CURVE_EXAMPLES, FINAL_EXAMPLES = 250, 1000
 STEPS_BEFORE_TIMING, TIMED_STEPS, TIMING_ROUNDS = 5, 25, 3
 EPOCHS_OF_A_STAGE = 1000  # more than there are
 DOCUMENTS_TO_MEASURE = 1000
@@ -205,8 +207,8 @@ def number_of_steps(specification: dict[str, Any], cost: Callable[[], tuple[floa
         return specification["steps"]
     seconds, tokens = cost()
     if "tokens" in specification:
-        return max(CURVE_POINTS, round(specification["tokens"] / tokens))
-    return max(CURVE_POINTS, round(60 * specification["minutes"] / seconds))
+        return max(FEWEST_POINTS, round(specification["tokens"] / tokens))
+    return max(FEWEST_POINTS, round(60 * specification["minutes"] / seconds))
 
 
 def train_one(specification: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -229,15 +231,16 @@ def train_one(specification: dict[str, Any], folder: Path) -> dict[str, Any]:
     unigram = unigram_log_probabilities(corpus.token_counts)
     steps = number_of_steps(specification, lambda: cost_of_a_step(specification, folder, tokenizer))
 
-    points = max(1, steps // CURVE_POINTS)
+    number_of_points = min(max(steps // STEPS_OF_A_POINT, FEWEST_POINTS), MOST_POINTS)
+    point_steps = max(1, steps // number_of_points)
     arguments = arguments_of(
         specification,
         folder,
         "run",
         num_steps=steps,
         warmup_steps=int(WARMUP_SHARE * steps),
-        eval_steps=points,
-        save_steps=points,  # so that where a run goes on, its cost until there is known
+        eval_steps=point_steps,
+        save_steps=point_steps,  # so that where a run goes on, its cost until there is known
         save_total_limit=1,
         resume="auto",
     )
@@ -249,7 +252,7 @@ def train_one(specification: dict[str, Any], folder: Path) -> dict[str, Any]:
 
     def evaluate(engine: Engine, accelerator: Accelerator) -> dict[str, float]:
         meter.pause()
-        step = min(curve[-1]["step"] + points if curve else points, steps)
+        step = min(curve[-1]["step"] + point_steps if curve else point_steps, steps)
         _, held_out = build_examples(held_out_arguments, tokenizer, corpus)
         if step < steps:
             held_out.limit(CURVE_EXAMPLES)

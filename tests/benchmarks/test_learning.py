@@ -1,6 +1,8 @@
 """The runner of learning studies: its tables, its results, and the models it compares."""
 
+import itertools
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -8,12 +10,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "learning"
 sys.path.insert(0, str(FOLDER))
 
 import candidates
 import models
+import report
 import study
 import train_one
 
@@ -21,6 +25,7 @@ from mixlm.data.batching import Position
 from mixlm.data.corpus import read_documents
 from mixlm.errors import UserError
 from mixlm.training.checkpoint import skeleton_of
+from mixlm.training.optimization import AdamW
 
 SAMPLE = FOLDER.parents[1] / "mixlm" / "sample"
 LINE = {"name": "a", "model": "mixlm", "steps": 10, "seeds": [1, 2]}
@@ -89,6 +94,99 @@ def test_results_are_kept_line_by_line(tmp_path):
 )
 def test_a_budget_is_a_number_of_steps(budget, steps):
     assert train_one.number_of_steps(budget, lambda: (0.5, 100.0)) == steps
+
+
+def test_stages_follow_one_another_and_resume_in_any():
+    """A run that goes on after any step has the steps of one that was never stopped."""
+
+    def counted(name):
+        def batches(position):
+            for number in itertools.count(position.batch):
+                yield Position(epoch=position.epoch, batch=number + 1), [(name, position.epoch, number)]
+
+        return batches
+
+    stages = [(0, counted("a")), (3, counted("b")), (5, counted("c"))]
+    whole = list(itertools.islice(train_one.StagedBatches(stages, 0)(Position()), 8))
+    assert "".join(batches[0][0] for _, batches in whole) == "aaabbccc"
+    assert len({batches[0] for _, batches in whole}) == 8
+    for done in range(1, 8):
+        position = whole[done - 1][0]
+        resumed = train_one.StagedBatches(stages, done)(position)
+        assert list(itertools.islice(resumed, 8 - done)) == whole[done:]
+
+
+def test_muon_moves_matrices_by_orthogonal_steps():
+    torch.manual_seed(0)
+    model = models.build_model("mixlm", {"hidden_size": 64, "ff_dim": 64, "num_hidden_layers": 1}, Tokenizer())
+    optimizer = candidates.build_muon(AdamW(learning_rate=0.1, weight_decay=0.0, epsilon=1e-8), model)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        change = (parameter - before[name]).detach()
+        if "stack" in name and name.endswith("weight") and "norm" not in name:
+            groups = 4 if "convolution" in name else 1
+            rows = len(change) // groups
+            matrices = change.reshape(groups, rows, -1) / (0.1 * 0.2 * max(rows, change[0].numel()) ** 0.5)
+            assert (torch.linalg.svdvals(matrices) - 1).abs().max() < 0.4, name
+        else:  # the first step of AdamW: the sign of the gradient
+            torch.testing.assert_close(change, -0.1 * parameter.grad.sign(), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("factor", [candidates.warm_up_stable_decay, candidates.cosine])
+def test_a_schedule_rises_to_the_peak_and_falls_to_nothing(factor):
+    rates = [factor(step, 10, 100) for step in range(101)]
+    assert rates[:10] == pytest.approx([(step + 1) / 11 for step in range(10)])
+    assert max(rates) == 1.0 and rates[-1] == pytest.approx(0.0)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_masked_tokens_alone_leave_the_order_out():
+    torch.manual_seed(0)
+    model = models.build_model("mixlm", {"hidden_size": 32, "ff_dim": 32, "num_hidden_layers": 1}, Tokenizer())
+    labels = torch.full((2, 6), -100)
+    labels[:, 2] = 7
+    batch = {"input_ids": torch.full((2, 6), 7), "attention_mask": torch.ones(2, 6), "labels": labels}
+    batch["sentence_order_label"] = torch.tensor([0, 1])
+    objective = candidates.MaskedTokensObjective(Accelerator(cpu=True), model)
+    loss, _ = objective.loss(batch, 0, objective.begin_step([batch]))
+    torch.testing.assert_close(loss, model(**batch).mlm_loss)
+
+
+def test_a_table_compares_with_its_first_line(tmp_path):
+    def result(run, loss):
+        return {**run, "key": study.key_of(run), "metrics": {"mlm_loss": loss, "mlm_accuracy": 0.5, "sop_accuracy": 1}}
+
+    file = table(tmp_path, {**LINE, "name": "base"}, {**LINE, "name": "other", "fields": {"ln_pos": 1}})
+    results = [result(run, loss) for run, loss in zip(study.read_table(file), [5.0, 6.0, 4.5, 5.7], strict=True)]
+    for each in results:
+        each["curve"] = [{"tokens": 2000}]
+    rows = report.markdown(report.lines_of(file, results)).splitlines()[2:]
+    assert rows == [
+        "| base | 2 | 2k | 5.500 ± 0.707 |  | 50.0% | 100.0% |",
+        "| other | 2 | 2k | 5.100 ± 0.849 | -0.400 ± 0.141 | 50.0% | 100.0% |",
+    ]
+    some = report.markdown(report.lines_of(file, results[:1])).splitlines()[2:]
+    assert [row.split("|")[2].strip() for row in some] == ["1 of 2", "0 of 2"]
+
+
+def test_the_page_shows_the_kept_results():
+    """docs/experiments.md is what report.py makes of results.jsonl."""
+    page = report.PAGE.read_text("utf-8")
+    assert report.rewrite(page, study.read_results(study.RESULTS)) == page
+    named = re.findall(r"<!-- table: (\w+) -->", page)
+    assert sorted(named) == sorted(file.stem for file in (FOLDER / "tables").glob("*.jsonl"))
+
+
+def test_curves_are_drawn(tmp_path):
+    run = {**study.OPTIONAL, "minutes": 2, "steps": 4, "metrics": {"unigram_loss": 7.0}}
+    curve = [{"step": step, "tokens": 1000 * step, "mlm_loss": 7 - step / 4} for step in (1, 2, 3, 4)]
+    lines = [report.Line("a", {seed: {**run, "curve": curve} for seed in (1, 2)}, 2), report.Line("b", {}, 2)]
+    assert report.minutes_of(lines[0].results[1]) == [0.5, 1.0, 1.5, 2.0]
+    report.draw_curves(lines, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
 
 
 def test_the_meter_counts_steps_and_not_what_lies_between(monkeypatch):
