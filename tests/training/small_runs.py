@@ -18,18 +18,20 @@ from mixlm.data.batching import LengthBucketedBatches, collate, training_batches
 from mixlm.training.arguments import TrainingArguments
 from mixlm.training.checkpoint import checkpoints_in, read_state
 from mixlm.training.loop import train
-from mixlm.training.objectives import InverseClozeObjective, SentenceOrderObjective
+from mixlm.training.objectives import InverseClozeObjective, ReadingObjective, SentenceOrderObjective
 from mixlm.training.report import Curves, read_curves
 from mixlm.training.run import prepare_run
 
 VOCABULARY = 40
 MASK, FIRST_WORD = 4, 5
 ROWS_PER_STEP = 8
-OBJECTIVES = {"SOP": SentenceOrderObjective, "ICT": InverseClozeObjective}
-FAMILIES = {
-    "mixlm": (mixlm.MixLMConfig, mixlm.MixLMForPreTraining, {"kernel_size": 5, "n_experts": 2, "num_heads": 2}),
-    "switch": (mixlm.MixLMSwitchConfig, mixlm.MixLMSwitchForPreTraining, {"n_experts": 3, "num_heads": 2}),
+OBJECTIVES = {"SOP": SentenceOrderObjective, "ICT": InverseClozeObjective, "reading": ReadingObjective}
+CONFIGURATIONS = {
+    "mixlm": (mixlm.MixLMConfig, {"kernel_size": 5, "n_experts": 2, "num_heads": 2}),
+    "switch": (mixlm.MixLMSwitchConfig, {"n_experts": 3, "num_heads": 2}),
 }
+PRETRAINING = {"mixlm": mixlm.MixLMForPreTraining, "switch": mixlm.MixLMSwitchForPreTraining}
+READING = {"mixlm": mixlm.MixLMForQuestionAnswering, "switch": mixlm.MixLMSwitchForQuestionAnswering}
 
 
 def reset_accelerate() -> None:
@@ -49,6 +51,11 @@ class Rows(Dataset):
         random = np.random.default_rng((7, *key))
         length = int(self.lengths[key[1]])
         input_ids, labels = self._text(random, length)
+        if self.task == "reading":
+            start = int(random.integers(0, length - 1))
+            token_type_ids = (np.arange(length) >= 3).astype(np.int64)
+            answer = {"start_positions": start, "end_positions": start + 1}
+            return {"input_ids": input_ids, "token_type_ids": token_type_ids, **answer, "window": key[1]}
         if self.task == "ICT":
             context_input_ids, context_labels = self._text(random, int(random.integers(6, 16)))
             return {
@@ -77,8 +84,10 @@ class Rows(Dataset):
 
 
 def build_model(family: str = "mixlm", task: str = "SOP", seed: int = 0, **fields):
-    """A ForPreTraining model whose every part has an effect, in training mode."""
-    config_class, model_class, family_fields = FAMILIES[family]
+    """A model of the task whose every part has an effect, in training mode."""
+    config_class, family_fields = CONFIGURATIONS[family]
+    model_class = (READING if task == "reading" else PRETRAINING)[family]
+    objective = {} if task == "reading" else {"pretraining_objective": task.lower()}
     config = config_class(
         **{
             "vocab_size": VOCABULARY,
@@ -88,7 +97,7 @@ def build_model(family: str = "mixlm", task: str = "SOP", seed: int = 0, **field
             "max_position_embeddings": 16,
             "dropout_prob": 0.0,
             "initializer_range": 0.2,
-            "pretraining_objective": task.lower(),
+            **objective,
             **family_fields,
             **fields,
         }

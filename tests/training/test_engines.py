@@ -81,8 +81,13 @@ def assert_same_bits(found: dict[str, torch.Tensor], expected: dict[str, torch.T
             marks=pytest.mark.slow,
         ),
         pytest.param("switch", "SOP", {"ln_pos": 1}, marks=pytest.mark.slow),
+        ("mixlm", "reading", {"num_hidden_layers": 4, "layer_group": 2, "shared_parameters": "attention"}),
+        pytest.param("switch", "reading", {}, marks=pytest.mark.slow),
     ],
-    ids=["mixlm-sop-all", "switch-ict-ffn", "switch-ict-ffn-4", "mixlm-ict-ffn", "switch-sop"],
+    ids=[
+        *("mixlm-sop-all", "switch-ict-ffn", "switch-ict-ffn-4", "mixlm-ict-ffn", "switch-sop"),
+        *("mixlm-reading", "switch-reading"),
+    ],
 )
 @ENGINES
 def test_every_engine_follows_one_process(tmp_path, one_process, two_ranks, case, family, task, fields):
