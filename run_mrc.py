@@ -11,7 +11,7 @@ import copy
 import json
 import statistics
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from mixlm.data.reading import predictions_of
 from mixlm.data.squad import read_squad
 from mixlm.errors import UserError, exits_on_user_error
+from mixlm.evaluation.reading_report import QUESTIONS_FILE
 from mixlm.reader import MixLMReader, load_for_reading, require_room
 from mixlm.tokenization import load_tokenizer
 from mixlm.training.arguments import parse_arguments
@@ -31,9 +32,11 @@ from mixlm.training.reading import (
     ReadingArguments,
     chosen_metric,
     decoding_of,
+    judged_questions,
     read_over_ranks,
     read_questions,
     reading_metrics,
+    tune_particles,
     tuned,
     window_scores,
     write_predictions,
@@ -85,6 +88,8 @@ def load_reader(folder: str, arguments: ReadingArguments, accelerator: Accelerat
         raise UserError(f"--model_name_or_path {folder}: was trained otherwise; {flag} --version_2_with_negative")
     if arguments.tokenizer is not None:
         reader.tokenizer = load_tokenizer(arguments.tokenizer)
+    if arguments.korean_particles:
+        reader.decoding = replace(reader.decoding, korean_particles=True)
     return reader
 
 
@@ -101,11 +106,20 @@ def run(arguments: ReadingArguments) -> dict[str, float]:
         model = str(folder)
     if arguments.do_eval:
         reader = load_reader(model, arguments, accelerator)
-        predictions = read_over_ranks(reader, questions.validation, accelerator)
         metric = chosen_metric(arguments, questions.validation)
-        metrics = reading_metrics(predictions, questions.validation, metric, reader.decoding)
+        if arguments.tune_decoding:
+            predictions, metrics = tune_particles(reader, questions.validation, metric, accelerator)
+            on_main_process(accelerator, lambda: reader.decoding.save(folder))
+        else:
+            predictions = read_over_ranks(reader, questions.validation, accelerator)
+            metrics = reading_metrics(predictions, questions.validation, metric, reader.decoding)
         on_main_process(accelerator, lambda: write_predictions(predictions, folder, metrics))
-        accelerator.print("".join(f"  {name:>28}  {value:,.2f}\n" for name, value in metrics.items()), end="")
+        judged = judged_questions(predictions, questions.validation, metric, reader)
+        on_main_process(accelerator, lambda: write_lines(folder / QUESTIONS_FILE, map(asdict, judged)))
+        accelerator.print("".join(f"  {name:>29}  {value:,.2f}\n" for name, value in metrics.items()), end="")
+        if arguments.tune_decoding:
+            choice = "dropped" if reader.decoding.korean_particles else "kept"
+            accelerator.print(f"particles are {choice}, which was chosen on these very questions")
     if arguments.do_predict:
         examples = read_squad(arguments.predict_file, to_learn_from=False).examples
         answers = read_over_ranks(load_reader(model, arguments, accelerator), examples, accelerator)
@@ -129,7 +143,7 @@ def run_seeds(arguments: ReadingArguments) -> None:
             values = [metrics[name] for metrics in found]
             mean, deviation = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
             summary[name] = {"mean": mean, "deviation": deviation, "values": values}
-            print(f"  {name:>28}  {mean:,.2f} ± {deviation:.2f}")
+            print(f"  {name:>29}  {mean:,.2f} ± {deviation:.2f}")
         (arguments.run_folder / "seeds.json").write_text(json.dumps(summary, indent=2) + "\n", "utf-8")
 
     on_main_process(Accelerator(cpu=not torch.cuda.is_available()), summarize)

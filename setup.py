@@ -36,11 +36,13 @@ setup(
         "tqdm",
     ],
     extras_require={
+        "korean": ["kiwipiepy>=0.24"],
         "retrieval": ["faiss-cpu>=1.15", "bm25s>=0.3.16", "kiwipiepy>=0.24"],
         "demo": ["gradio>=6.31"],
         "plot": ["matplotlib>=3.10"],
         "dev": [
             "hypothesis",
+            "kiwipiepy>=0.24",
             "matplotlib>=3.10",
             "parameterized",
             "pytest>=9",

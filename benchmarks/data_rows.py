@@ -17,16 +17,20 @@ import numpy as np
 import torch
 from measure import Result, Row, interleaved, median_ratio, medians, peak_memory
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
+from transformers.utils import ModelOutput
 
 import run_pretraining
-from mixlm import MixLMConfig, MixLMModel
+from mixlm import MixLMConfig, MixLMForQuestionAnswering, MixLMModel
 from mixlm.data.batching import LengthBucketedBatches, Position, collate, training_batches
 from mixlm.data.corpus import read_documents
 from mixlm.data.examples import SentenceOrderExamples
+from mixlm.data.squad import read_squad
 from mixlm.data.store import TokenizedCorpus, open_corpus
 from mixlm.data.tokenizing import SENTENCES_PER_CHUNK
 from mixlm.errors import UserError
+from mixlm.reader import MixLMReader, in_order, scores_by_window
 from mixlm.tokenization import load_tokenizer, train_tokenizer
 from mixlm.training.arguments import PretrainingArguments
 from mixlm.training.loop import train
@@ -37,6 +41,7 @@ DATA = Path(os.environ.get("MIXLM_DATA", Path(__file__).resolve().parent.parent.
 PADDED_LENGTH = 384  # tokens of every row without bucketing
 ROWS_PER_STEP = 32
 TIMED_BATCHES, TIMED_ROWS, PADDING_PAIRS = 8, 16, 3
+READ_QUESTIONS = 200
 
 TOKENIZING_PAIRS = 3
 MEMORY_PAIRS = 3
@@ -176,7 +181,37 @@ def pad_to_length(batch: dict[str, Tensor], pad_token_id: int) -> dict[str, Tens
     """The batch with rows of PADDED_LENGTH."""
     missing = PADDED_LENGTH - batch["input_ids"].shape[1]
     fill = {"input_ids": pad_token_id, "attention_mask": 0}
-    return {name: torch.nn.functional.pad(batch[name], (0, missing), value=value) for name, value in fill.items()}
+    return {name: F.pad(batch[name], (0, missing), value=value) for name, value in fill.items()}
+
+
+def reading_rate() -> list[Result]:
+    """Questions a CPU second of `MixLMReader`, from texts to answers / when every window is padded to 384 tokens"""
+    tokenizer = load_tokenizer(required_data("vocab_ko"))
+    questions = read_squad([str(required_data("mrc/KorQuAD_v1.0_dev.json"))]).examples
+    questions = questions[:: len(questions) // READ_QUESTIONS][:READ_QUESTIONS]
+    torch.manual_seed(0)
+    config = MixLMConfig.from_preset("mixlm-mini", vocab_size=len(tokenizer))
+    reader = MixLMReader(MixLMForQuestionAnswering(config), tokenizer, batch_size=TIMED_ROWS)
+
+    def padding_model(**batch: Tensor) -> ModelOutput:
+        missing = reader.decoding.max_seq_length - batch["input_ids"].shape[1]
+        fill = {"input_ids": tokenizer.pad_token_id, "attention_mask": 0, "token_type_ids": 0}
+        return reader.model(**{name: F.pad(tensor, (0, missing), value=fill[name]) for name, tensor in batch.items()})
+
+    def answer(model: Callable[..., ModelOutput]) -> None:
+        windows = reader.decoding.windows(questions, tokenizer)
+        cpu, pad = torch.device("cpu"), tokenizer.pad_token_id
+        scores = in_order(windows, scores_by_window(model, cpu, windows, TIMED_ROWS, pad))
+        list(reader.decoding.read(windows, scores))
+
+    with silence():
+        seconds = interleaved(
+            {"padded": partial(answer, padding_model), "bucketed": partial(answer, reader.model)}, PADDING_PAIRS
+        )
+    rate = len(questions) / statistics.median(seconds["bucketed"])
+    shape = f"mixlm-mini (vocab_ko), {len(questions)} questions of KorQuAD, {rate:.0f} a second"
+    ratio = median_ratio(seconds["padded"], seconds["bucketed"])
+    return [Result("reading_rate_vs_padded", ratio, "x", "", shape, 1, PADDING_PAIRS)]
 
 
 # Tokenization
@@ -392,6 +427,7 @@ ROWS = [
         },
     ),
     Row(("padding_time_ratio",), padding_time_ratio),
+    Row(("reading_rate_vs_padded",), reading_rate),
     Row(
         ("tokenize_rate_vs_raw", "tokenize_rate_vs_raw_fast"),
         tokenize_rate,

@@ -22,6 +22,7 @@ from transformers.utils import logging
 import mixlm  # noqa: F401  whose models the Auto classes know from now on
 
 from .data.batching import evaluation_batches
+from .data.particles import require_kiwi
 from .data.reading import Reading, ReadingWindows, read_answers
 from .data.squad import ReadingExample
 from .errors import UserError
@@ -43,6 +44,10 @@ class Decoding:
         n_best_size, max_answer_length: see `best_spans`.
         unanswerable: whether "no answer" is an answer.
         null_threshold: by how much it has to score higher than the best answer.
+        korean_particles: drop particles (josa) from the end of answers, see `end_without_particles`.
+
+    Raises:
+        UserError: `korean_particles` without Kiwi, which finds them.
     """
 
     max_seq_length: int = 384
@@ -52,6 +57,11 @@ class Decoding:
     max_answer_length: int = 30
     unanswerable: bool = False
     null_threshold: float = 0.0
+    korean_particles: bool = False
+
+    def __post_init__(self):
+        if self.korean_particles:
+            require_kiwi()  # now, and not with the first answer
 
     def windows(
         self, examples: Sequence[ReadingExample], tokenizer: PreTrainedTokenizerFast, training: bool = False
@@ -70,6 +80,7 @@ class Decoding:
             n_best_size=self.n_best_size,
             max_answer_length=self.max_answer_length,
             null_threshold=self.null_threshold,
+            korean_particles=self.korean_particles,
         )
 
     def save(self, folder: Path) -> None:

@@ -463,11 +463,7 @@ def tokenizer_report(
     Raises:
         UserError: as `read_squad`.
     """
-    # A copy, because the tokenizer's own truncation and padding are switched off.
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    backend.no_truncation()
-    backend.no_padding()
-
+    backend = _of_whole_texts(tokenizer)
     sentence_count = eojeols = characters = tokens = unknown_tokens = 0
     with tqdm(desc="sentences", unit=" sentences", unit_scale=True, delay=2, disable=None) as progress:
         for batch in _batches(sentences):
@@ -481,34 +477,59 @@ def tokenizer_report(
                 unknown_tokens += encoding.ids.count(tokenizer.unk_token_id)
             progress.update(len(batch))
 
-    answers_of: dict[str, set[tuple[str, Answer]]] = defaultdict(set)  # of a context: question ids and answers
+    pairs: set[tuple[str, str, Answer]] = set()  # id, context, answer
     misplaced: set[SkippedAnswer] = set()
     for file in squad_files or ():
         data = read_squad(file)  # one by one, because here a file may be given twice
         misplaced.update(data.skipped)
-        for example in data.examples:
-            answers_of[example.context].update((example.id, answer) for answer in example.answers)
-
-    answers = on_borders = 0
-    with tqdm(desc="contexts", unit=" contexts", delay=2, disable=None) as progress:
-        for batch in _batches(answers_of.items()):
-            encodings = backend.encode_batch([context for context, _ in batch], add_special_tokens=False)
-            for (_, golds), encoding in zip(batch, encodings, strict=True):
-                starts = {start for start, _ in encoding.offsets}
-                ends = {end for _, end in encoding.offsets}
-                answers += len(golds)
-                on_borders += sum(answer.start in starts and answer.end in ends for _, answer in golds)
-            progress.update(len(batch))
+        pairs.update((example.id, example.context, answer) for example in data.examples for answer in example.answers)
+    on_borders = answers_on_token_borders(tokenizer, ((context, answer) for _, context, answer in pairs))
     return TokenizerReport(
         sentences=sentence_count,
         eojeols=eojeols,
         characters=characters,
         tokens=tokens,
         unknown_tokens=unknown_tokens,
-        answers=answers,
+        answers=len(pairs),
         misplaced_answers=len(misplaced),
-        answers_on_token_borders=on_borders,
+        answers_on_token_borders=sum((context, answer) in on_borders for _, context, answer in pairs),
     )
+
+
+def answers_on_token_borders(
+    tokenizer: PreTrainedTokenizerFast, answers: Iterable[tuple[str, Answer]]
+) -> set[tuple[str, Answer]]:
+    """Which answers begin where a token begins and end where a token ends, so that a span of tokens can hit them.
+
+    Args:
+        tokenizer: any fast tokenizer.
+        answers: contexts, each with an answer in it. They are tokenized whole, whatever the longest input of a model.
+
+    Returns:
+        Those of them, each once.
+    """
+    answers_of: dict[str, set[Answer]] = defaultdict(set)
+    for context, answer in answers:
+        answers_of[context].add(answer)
+    backend = _of_whole_texts(tokenizer)
+    on_borders = set()
+    with tqdm(desc="contexts", unit=" contexts", delay=2, disable=None) as progress:
+        for batch in _batches(answers_of.items()):
+            encodings = backend.encode_batch([context for context, _ in batch], add_special_tokens=False)
+            for (context, golds), encoding in zip(batch, encodings, strict=True):
+                starts = {start for start, _ in encoding.offsets}
+                ends = {end for _, end in encoding.offsets}
+                on_borders.update((context, gold) for gold in golds if gold.start in starts and gold.end in ends)
+            progress.update(len(batch))
+    return on_borders
+
+
+def _of_whole_texts(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
+    """A copy of what cuts its texts, without truncation and padding."""
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
 
 
 def _batches(items: Iterable) -> Iterator[list]:

@@ -1,7 +1,9 @@
 """Answering questions in Python and on the command line."""
 
 import json
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForQuestionAnswering
@@ -79,6 +81,35 @@ def test_the_command_line_answers_one_and_many(folder, tmp_path, capsys):
     assert [line["id"] for line in lines] == ["0", "1", "2"]
     for line in lines:
         assert (line["text"], line["start"], line["end"]) == expected[:3]
+
+
+def test_particles_are_dropped_where_the_decoding_or_the_command_line_says_so(folder, tmp_path, capsys, monkeypatch):
+    # Whatever the random model likes: from the first word to the last of one that has a particle.
+    monkeypatch.setattr(
+        "mixlm.reader.scores_by_window",
+        lambda model, device, windows, rows, pad_token_id: (
+            (number, *scores_of(windows.windows_of(0)[number], int(windows.lengths[number])))
+            for number in range(len(windows))
+        ),
+    )
+    context = "서울에서 태어났다."
+    reader = MixLMReader.from_pretrained(folder)
+    assert reader.answer("태어난 곳은?", context)[:3] == ("서울에서", 0, 4)
+    reader.decoding = replace(reader.decoding, korean_particles=True)
+    assert reader.answer("태어난 곳은?", context)[:3] == ("서울", 0, 2)
+    reader.decoding.save(tmp_path)
+    assert Decoding.load(tmp_path) == reader.decoding
+    for flags, expected in (([], "서울에서"), (["--korean_particles"], "서울")):
+        cli.main(["read", "--model", str(folder), "--question", "태어난 곳은?", "--context", context, *flags])
+        assert capsys.readouterr().out.startswith(f"{expected}  ")
+
+
+def scores_of(window, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Logits that are for the first four characters of the context."""
+    starts, ends = np.zeros(length), np.zeros(length)
+    starts[window.context_position] = 9
+    ends[window.context_position + np.flatnonzero(window.offsets[:, 1] == 4)] = 9
+    return starts, ends
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from transformers import (
 
 import mixlm
 from mixlm.errors import UserError
+from mixlm.evaluation.reading_report import load_judged, scores_of, telling_aspects
 from mixlm.reader import Decoding
 from mixlm.tokenization import train_tokenizer
 from mixlm.training.reading import ReadingArguments
@@ -30,6 +31,7 @@ sys.path.insert(0, str(REPOSITORY))
 import run_mrc
 
 CITIES = ("서울", "부산", "대구", "인천", "광주", "대전", "울산", "세종", "수원", "전주", "제주", "강릉")
+ENGLISH = REPOSITORY / "mixlm" / "sample" / "en_questions.json"
 FAMILIES = {
     "mixlm": (mixlm.MixLMConfig, {"n_experts": 2, "num_heads": 2, "kernel_size": 5, "ff_dim": 64}),
     "switch": (mixlm.MixLMSwitchConfig, {"n_experts": 2, "num_heads": 2, "ff_dim": 32}),
@@ -247,6 +249,61 @@ def test_with_the_flag_a_threshold_is_tuned(run, prepared):
     assert all((answer == "") == (odds[id_] > decoding.null_threshold) for id_, answer in answered.items())
 
 
+@pytest.mark.parametrize(
+    ("data", "changes"),
+    [
+        ("v1", {}),
+        ("v1", {"metric": "squad_v1"}),
+        ("v2", {"version_2_with_negative": True}),
+    ],
+)
+def test_what_is_said_about_each_question_adds_up_to_the_results(run, prepared, data, changes):
+    folder = run(train_file=prepared / f"{data}.json", num_steps=20, learning_rate=5e-3, **changes)
+    judged = load_judged(folder / "questions.jsonl")
+    assert {each.id: each.prediction for each in judged} == predictions(folder)
+    found, scores = results(folder), scores_of(judged)
+    assert scores.questions == found["eval/total"] and 0 < scores.f1 < 100
+    assert (scores.exact_match, scores.f1) == pytest.approx((found["eval/exact_match"], found["eval/f1"]))
+    assert all((each.error == "correct") == (each.exact_match == 1) for each in judged)
+    assert all(each.windows == 1 for each in judged)
+    # A name and its particle are different tokens.
+    assert scores.expressible == 100
+    if "version_2_with_negative" in changes:
+        (parts,) = [parts for aspect, parts in telling_aspects(judged) if aspect.title == "answerability"]
+        for name, part in parts.items():
+            assert (part.questions, part.f1) == (found[f"eval/{name}_total"], pytest.approx(found[f"eval/{name}_f1"]))
+
+
+def test_an_answer_inside_a_token_cannot_be_expressed(run, tmp_path):
+    articles = [article(number) for number in range(12)]
+    for question in (question for paragraph in articles[11]["paragraphs"] for question in paragraph["qas"]):
+        (answer,) = question["answers"]
+        answer |= {"text": answer["text"][1:], "answer_start": answer["answer_start"] + 1}
+    folder = run(train_file=write(tmp_path / "data.json", articles))
+    assert [each.expressible for each in load_judged(folder / "questions.jsonl")] == [True] * 4 + [False] * 4
+
+
+def test_particles_are_dropped_if_that_is_better(run, tmp_path, capsys):
+    """What is learned ends in a particle; the references of an evaluation do not, and those of another do."""
+    files = {}
+    for name, ending in (("bare", ""), ("whole", "에서")):
+        articles = [article(number) for number in range(12)]
+        for paragraph in (paragraph for each in articles for paragraph in each["paragraphs"]):
+            del paragraph["qas"][1:]
+            paragraph["qas"][0]["answers"][0]["text"] += ending
+        files[name] = write(tmp_path / f"{name}.json", articles)
+    given = {"train_file": files["whole"], "num_steps": 60, "learning_rate": 5e-3, "tune_decoding": True}
+    for references, choice in (("bare", "dropped"), ("whole", "kept")):
+        folder = run(**given, validation_file=files[references], resume="auto")
+        found = results(folder)
+        f1 = {name: found[f"eval/particles_{name}_f1"] for name in ("kept", "dropped")}
+        assert found["eval/f1"] == f1[choice] == max(f1.values()) > min(f1.values())
+        assert found["eval/exact_match"] == found[f"eval/particles_{choice}_exact_match"]
+        assert Decoding.load(folder).korean_particles == (choice == "dropped")
+        assert any(answer.endswith("에서") for answer in predictions(folder).values()) == (choice == "kept")
+        assert f"particles are {choice}, which was chosen on these very questions" in capsys.readouterr().out
+
+
 def test_several_seeds_have_a_mean(run, capsys):
     folder = run(seeds=[1, 2], num_steps=2)
     summary = json.loads((folder / "seeds.json").read_text("utf-8"))
@@ -330,6 +387,12 @@ def test_questions_are_answered_without_training(run, prepared, tmp_path):
         ({"validation_articles": None, "validation_split": 1.0}, "validation_split=1.0: must be between 0 and 1"),
         ({"train_batch_size": 0, "num_steps": None}, "train_batch_size=0: must be above 0, unless"),
         ({"do_predict": True}, "do_predict=True: must be left out without predict_file"),
+        ({"tune_decoding": True, "korean_particles": True}, "tune_decoding=True: must be left out, unless"),
+        ({"tune_decoding": True, "do_eval": True}, "tune_decoding=True: must be left out, unless"),
+        (
+            {"tune_decoding": True, "train_file": ENGLISH, "validation_articles": "0:1"},
+            "no text to evaluate on is Korean",
+        ),
     ],
 )
 def test_what_is_wrong_is_one_line(run, changes, message, tmp_path):

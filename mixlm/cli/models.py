@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from ..errors import UserError
@@ -44,6 +45,11 @@ def add_read_parser(subparsers) -> None:
     source.add_argument("--context_file", type=Path, metavar="FILE", help="a file with that text")
     source.add_argument("--file", type=Path, metavar="FILE", help="many questions: JSON lines, or SQuAD-style .json")
     parser.add_argument("--batch_size", type=int, default=32, metavar="N", help="windows at once (default: 32)")
+    parser.add_argument(
+        "--korean_particles",
+        action="store_true",
+        help="drop particles (josa) from the end of answers, also where the reader's own decoding keeps them",
+    )
     parser.add_argument(
         "--json", action="store_true", help="JSON lines: id, text, start, end (characters), score, null_odds"
     )
@@ -113,6 +119,8 @@ def read_verb(arguments: argparse.Namespace) -> None:
 
     disable_progress_bar()
     reader = MixLMReader.from_pretrained(arguments.model, batch_size=arguments.batch_size)
+    if arguments.korean_particles:
+        reader.decoding = replace(reader.decoding, korean_particles=True)
     names, texts, contexts = zip(*questions, strict=True)
     for name, answer in zip(names, reader.answers(texts, contexts), strict=True):
         if arguments.json:

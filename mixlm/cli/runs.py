@@ -2,24 +2,32 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import UserError
 from .tables import significant, table
+
+if TYPE_CHECKING:
+    from ..evaluation.reading_report import JudgedQuestion
 
 
 def add_report_parser(subparsers) -> None:
     """Add `mixlm report`."""
     parser = subparsers.add_parser(
         "report",
-        help="draw the curves of one or several training runs",
-        description="Draw the curves of training runs into a PNG and print their last numbers.",
+        help="draw the curves of one or several runs, and where readers lose EM and F1",
+        description=(
+            "Draw the curves of training runs into a PNG and print their last numbers. Of a run of run_mrc.py also "
+            "print where EM and F1 are lost, and draw it into reading.png in the run's folder."
+        ),
         epilog="example:\n  mixlm report outputs/my-model",
     )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="output_dir/model_name of a run")
     parser.add_argument(
-        "--out", type=Path, metavar="PNG", help="the picture (default: curves.png in the first run's folder)"
+        "runs", nargs="+", type=Path, metavar="RUN_DIR", help="output_dir/model_name of a run, or of one with --seeds"
     )
+    parser.add_argument("--out", type=Path, metavar="PNG", help="the curves (default: curves.png in the first folder)")
     parser.set_defaults(run=report_runs_verb)
 
 
@@ -50,19 +58,77 @@ def add_verify_engines_parser(subparsers) -> None:
 
 def report_runs_verb(arguments: argparse.Namespace) -> None:
     """`mixlm report`."""
-    from ..training.report import last_values, plot_curves, read_curves
+    from ..evaluation.reading_report import QUESTIONS_FILE, load_judged
+    from ..training.report import last_values, plot_curves, plot_reading, read_curves
 
-    names = [folder.resolve().name for folder in arguments.runs]
-    labels = names if len(set(names)) == len(names) else map(str, arguments.runs)
-    runs = {label: read_curves(folder) for label, folder in zip(labels, arguments.runs, strict=True)}
     out = arguments.out or arguments.runs[0] / "curves.png"
     if out.suffix.lower() != ".png":
         raise UserError(f"--out {out}: name a file that ends in .png")
-    plot_curves(runs, out)
-    for name, curves in runs.items():
+    folders = [folder for given in arguments.runs for folder in _runs_of(given)]
+    names = [folder.resolve().name for folder in folders]
+    runs = dict(zip(names if len(set(names)) == len(names) else map(str, folders), folders, strict=True))
+    curves = {name: found for name, folder in runs.items() if (found := read_curves(folder))}
+    judged = {name: load_judged(file) for name, folder in runs.items() if (file := folder / QUESTIONS_FILE).exists()}
+    for name, folder in runs.items():
+        if name not in curves and name not in judged:
+            raise UserError(
+                f"{folder}: no curves and no {QUESTIONS_FILE} there; give a run's folder (output_dir/model_name)"
+            )
+    if curves:
+        plot_curves(curves, out)
+    for name, folder in runs.items():
         print(name)
-        print(table([(tag, significant(value), f"step {step:,}") for tag, step, value in last_values(curves)]))
-    print(f"curves: {out}")
+        if name in curves:
+            print(table([(tag, significant(last), f"step {step:,}") for tag, step, last in last_values(curves[name])]))
+        if name in judged:
+            plot_reading(name, judged[name], folder / "reading.png")
+            print("\n" + "\n\n".join(map(table, _reading_tables(judged[name]))))
+            print(f"reading: {folder / 'reading.png'}")
+    if curves:
+        print(f"curves: {out}")
+
+
+def _runs_of(folder: Path) -> list[Path]:
+    """The folder itself, or those of its seeds, in their order, where it holds no run but them."""
+    seeds = [path for path in folder.glob("seed-*") if path.is_dir()]
+    if not seeds or (folder / "checkpoints").exists() or (folder / "eval_results.json").exists():
+        return [folder]
+    return sorted(seeds, key=lambda path: (len(path.name), path.name))
+
+
+def _reading_tables(questions: "Sequence[JudgedQuestion]") -> list[list[tuple[str, ...]]]:
+    """Rows about all questions, about each part of them that tells something, and about the kinds of errors."""
+    from ..evaluation.reading_report import ERRORS, scores_by_part, scores_of, telling_aspects
+
+    whole = scores_of(questions)
+    tables = [
+        [
+            ("questions", f"{whole.questions:,}", ""),
+            ("EM", f"{whole.exact_match:.1f}", "%"),
+            ("F1", f"{whole.f1:.1f}", "%"),
+            ("EM ceiling", f"{whole.expressible:.1f}", "% of the questions have a span of tokens as answer"),
+        ]
+    ]
+    for aspect, parts in telling_aspects(questions):
+        rows = [
+            (name, f"{part.questions:,}", f"{part.exact_match:.1f}", f"{part.f1:.1f}", aspect.parts[name])
+            for name, part in parts.items()
+        ]
+        tables.append([(aspect.title, "questions", "EM", "F1", ""), *rows])
+    kinds = scores_by_part(questions, ERRORS)
+    wrong = sum(part.questions for kind, part in kinds.items() if kind != "correct")
+    rows = [
+        (
+            kind,
+            f"{part.questions:,}",
+            f"{part.questions / whole.questions:.1%}",
+            "" if kind == "correct" else f"{part.questions / wrong:.1%}",
+            f"{part.f1:.1f}",
+            ERRORS.parts[kind],
+        )
+        for kind, part in kinds.items()
+    ]
+    return [*tables, [("error", "questions", "of all", "of errors", "F1", ""), *rows]]
 
 
 def verify_engines_verb(arguments: argparse.Namespace) -> None:

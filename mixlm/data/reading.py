@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
+from mixlm.data.particles import end_without_particles
 from mixlm.data.squad import ReadingExample, SkippedAnswer
 from mixlm.errors import UserError
 
@@ -212,6 +213,7 @@ def best_spans(
     end_logits: Sequence[np.ndarray],
     n_best_size: int = 20,
     max_answer_length: int = 30,
+    korean_particles: bool = False,
 ) -> list[Span]:
     """The best answers to a question over all of its windows.
 
@@ -225,6 +227,7 @@ def best_spans(
         end_logits: likewise.
         n_best_size: most spans.
         max_answer_length: most tokens of a span.
+        korean_particles: drop those at the end of a text, see `end_without_particles`.
 
     Returns:
         At most `n_best_size` spans of different texts, from the best to the worst; of equals the first in the context.
@@ -274,6 +277,10 @@ def best_spans(
             text = context[start_char:end_char]
             start_char += len(text) - len(text.lstrip())  # the tokens of some tokenizers begin with the blank
             text = text.strip()
+            if text and korean_particles:
+                # Here and not from the answer alone: 학교 and 학교에서 become one candidate, the answer is one of the
+                # candidates, and SQuAD 2.0's scores, which look at them, are those of the same texts.
+                text = text[: end_without_particles(context, start_char, start_char + len(text)) - start_char]
             if text and text not in spans:
                 spans[text] = Span(
                     text,
@@ -312,6 +319,7 @@ def read_answers(
     n_best_size: int = 20,
     max_answer_length: int = 30,
     null_threshold: float = 0.0,
+    korean_particles: bool = False,
 ) -> Iterator[Reading]:
     """The answer to each question, in the order of `windows.examples`.
 
@@ -323,15 +331,17 @@ def read_answers(
         n_best_size: most candidates of a question; "no answer" and the best span are always among them.
         max_answer_length: most tokens of an answer.
         null_threshold: "no answer" is the answer where it scores higher than the best span by more than this.
+        korean_particles: see `best_spans`.
 
     Raises:
         UserError: as `best_spans`.
     """
-    for index, example in enumerate(windows.examples):
+    examples = tqdm(windows.examples, desc="choosing answers", unit=" questions", leave=False, delay=2, disable=None)
+    for index, example in enumerate(examples):
         of_example = windows.windows_of(index)
         own = slice(of_example[0].number, of_example[-1].number + 1)
         starts, ends = start_logits[own], end_logits[own]
-        spans = best_spans(example.context, of_example, starts, ends, n_best_size, max_answer_length)
+        spans = best_spans(example.context, of_example, starts, ends, n_best_size, max_answer_length, korean_particles)
         # There is no span in a context of which the tokenizer drops every character.
         candidates = spans or [Span("", 0, 0, 0.0, 0.0, 0.0)]
         answer, null_odds = candidates[0], None

@@ -1,15 +1,18 @@
 """Fine-tuning for machine reading: what `run_mrc.py` is told, the scores of all windows, and what they are worth."""
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from ..data.corpus import load_splits
+from ..data.particles import require_kiwi
 from ..data.reading import Predictions, ReadingWindows, predictions_of
 from ..data.squad import (
     ReadingData,
@@ -22,12 +25,26 @@ from ..data.squad import (
     split_by_article,
 )
 from ..errors import UserError
-from ..evaluation.reading import korquad_v1, squad_v1, squad_v2
+from ..evaluation.reading import (
+    korquad_v1,
+    normalize_korquad,
+    normalize_squad,
+    score_korquad_v1,
+    score_squad_v1,
+    score_squad_v2,
+    squad_v1,
+    squad_v2,
+)
+from ..evaluation.reading_errors import error_kind
+from ..evaluation.reading_report import JudgedQuestion
 from ..reader import Decoding, MixLMReader, WindowScores, in_order, scores_by_window
+from ..tokenization import answers_on_token_borders
 from .arguments import TrainingArguments
 from .run import SKIPPED_FILE
 
+HANGUL = re.compile("[가-힣\u1100-\u11ff]")  # syllables, and their letters in decomposed text
 METRICS = {"korquad_v1": korquad_v1, "squad_v1": squad_v1}
+ANSWER_SCORES = {"korquad_v1": (score_korquad_v1, normalize_korquad), "squad_v1": (score_squad_v1, normalize_squad)}
 
 
 @dataclass
@@ -38,7 +55,7 @@ class ReadingArguments(TrainingArguments):
     judged_by: ClassVar[tuple[str, ...]] = (
         *("metric", "version_2_with_negative", "train_file", "dataset_name", "train_articles"),
         *("validation_file", "validation_articles", "validation_split"),
-        *("max_seq_length", "doc_stride", "max_query_length", "n_best_size", "max_answer_length"),
+        *("max_seq_length", "doc_stride", "max_query_length", "n_best_size", "max_answer_length", "korean_particles"),
     )
 
     # Not as in pretraining
@@ -107,6 +124,17 @@ class ReadingArguments(TrainingArguments):
     max_query_length: int = field(default=64, metadata={"help": "Tokens of a question; a longer one is cut."})
     n_best_size: int = field(default=20, metadata={"help": "Candidates of a question in nbest_predictions.json."})
     max_answer_length: int = field(default=30, metadata={"help": "Tokens of an answer."})
+    korean_particles: bool = field(
+        default=False,
+        metadata={"help": "Drop particles (josa) from the end of answers: 학교에서 becomes 학교. Needs kiwipiepy."},
+    )
+    tune_decoding: bool = field(
+        default=False,
+        metadata={
+            "help": "Evaluate the best checkpoint with and without korean_particles, and keep what has the higher F1: "
+            "a little optimistic, because it is chosen where it is measured."
+        },
+    )
     metric: Literal["korquad_v1", "squad_v1"] | None = field(
         default=None,
         metadata={
@@ -141,6 +169,11 @@ class ReadingArguments(TrainingArguments):
         self.require(is_known, "train_batch_size", rule)
         for name in ("n_best_size", "max_answer_length"):
             self.require(getattr(self, name) >= 1, name, "at least 1")
+        is_open = self.do_train and self.do_eval and not self.korean_particles
+        rule = "left out, unless the run trains and evaluates, without korean_particles"
+        self.require(is_open or not self.tune_decoding, "tune_decoding", rule)
+        if self.korean_particles or self.tune_decoding:
+            require_kiwi()
         if self.seeds is not None:
             are_seeds = all(0 <= seed < 2**32 for seed in self.seeds)
             are_distinct = len(set(self.seeds)) == len(self.seeds) > 0
@@ -193,7 +226,8 @@ def read_questions(arguments: ReadingArguments) -> Questions:
     the training data that are not trained on.
 
     Raises:
-        UserError: a file is wrong; a range of articles is empty or trained on; nothing can be learned from.
+        UserError: a file is wrong; a range of articles is empty or trained on; nothing can be learned from; there is
+            nothing to tune the decoding on.
     """
     data, held_out = None, None
     if arguments.dataset_name is not None:
@@ -223,6 +257,8 @@ def read_questions(arguments: ReadingArguments) -> Questions:
     for name, part in (("train", training if arguments.do_train else [1]), ("evaluate", validation)):
         if not part:
             raise UserError(f"no question to {name} on is left; is --version_2_with_negative missing?")
+    if arguments.tune_decoding and not count_korean(validation):
+        raise UserError("--tune_decoding: no text to evaluate on is Korean; leave it out")
     return Questions(training, validation, [each for part in parts for each in part.skipped], notes)
 
 
@@ -303,6 +339,44 @@ def reading_metrics(
     return {**scores, **{f"{other}_{name}": others[name] for name in ("exact_match", "f1")}}
 
 
+def judged_questions(
+    predictions: Predictions, examples: Sequence[ReadingExample], metric: str, reader: MixLMReader
+) -> list[JudgedQuestion]:
+    """What each prediction is worth, and what makes its question easy or hard.
+
+    Args:
+        predictions: of these questions.
+        examples: the questions, with their references.
+        metric: as in `reading_metrics`.
+        reader: that has answered them.
+    """
+    score, normalize = ANSWER_SCORES[metric]
+    if reader.decoding.unanswerable:
+        score, normalize = score_squad_v2, normalize_squad
+    windows = np.bincount(reader.decoding.windows(examples, reader.tokenizer).example_of_window).tolist()
+    expressible = answers_on_token_borders(
+        reader.tokenizer, ((example.context, answer) for example in examples for answer in example.answers)
+    )
+    judged = []
+    for example, window_count in zip(examples, windows, strict=True):
+        answer, references = predictions.predictions[example.id], example.answer_texts
+        exact_match, f1 = score(answer, references)
+        judged.append(
+            JudgedQuestion(
+                id=example.id,
+                question=example.question,
+                references=list(references),
+                prediction=answer,
+                windows=window_count,
+                expressible=not references or any((example.context, each) in expressible for each in example.answers),
+                exact_match=exact_match,
+                f1=f1,
+                error=error_kind(answer, references, normalize),
+            )
+        )
+    return judged
+
+
 def best_answer(candidates: Sequence[Mapping[str, str | float]]) -> str:
     """The best candidate that is an answer; "" where there is none."""
     return next((candidate["text"] for candidate in candidates if candidate["text"]), "")
@@ -310,17 +384,59 @@ def best_answer(candidates: Sequence[Mapping[str, str | float]]) -> str:
 
 def read_over_ranks(reader: MixLMReader, examples: Sequence[ReadingExample], accelerator: Accelerator) -> Predictions:
     """The answers of a reader on the accelerator's device; the ranks share the work, and all get all answers."""
+    windows, scores = scores_over_ranks(reader, examples, accelerator)
+    return predictions_of(windows, reader.decoding.read(windows, scores))
+
+
+def scores_over_ranks(
+    reader: MixLMReader, examples: Sequence[ReadingExample], accelerator: Accelerator
+) -> tuple[ReadingWindows, WindowScores]:
+    """The windows of questions and what the reader thinks of them: what `Decoding.read` takes."""
     windows = reader.decoding.windows(examples, reader.tokenizer)
     pad_token_id = reader.tokenizer.pad_token_id
-    scores = window_scores(reader.model, windows, reader.batch_size, pad_token_id, accelerator)
-    return predictions_of(windows, reader.decoding.read(windows, scores))
+    return windows, window_scores(reader.model, windows, reader.batch_size, pad_token_id, accelerator)
+
+
+def tune_particles(
+    reader: MixLMReader, examples: Sequence[ReadingExample], metric: str, accelerator: Accelerator
+) -> tuple[Predictions, dict[str, float]]:
+    """Let a reader drop particles if its F1 is higher so, and keep them if not.
+
+    Its null threshold stays as it is, so that it is F1 with that threshold that counts.
+
+    Args:
+        reader: its decoding is changed.
+        examples: to choose by.
+        metric: as in `reading_metrics`.
+        accelerator: joins the ranks; on all of them is the reader, which is changed in the same way.
+
+    Returns:
+        its answers and metrics as it is now, and `exact_match` and `f1` of both with `particles_kept_` and
+        `particles_dropped_` before them.
+    """
+    windows, scores = scores_over_ranks(reader, examples, accelerator)
+    trials = {}
+    for name, drops in (("particles_kept", False), ("particles_dropped", True)):
+        decoding = replace(reader.decoding, korean_particles=drops)
+        predictions = predictions_of(windows, decoding.read(windows, scores))
+        trials[name] = decoding, predictions, reading_metrics(predictions, examples, metric, decoding)
+    compared = {
+        f"{name}_{score}": metrics[score] for name, (*_, metrics) in trials.items() for score in ("exact_match", "f1")
+    }
+    # Of equals the first.
+    reader.decoding, predictions, metrics = max(trials.values(), key=lambda trial: trial[-1]["f1"])
+    return predictions, {**metrics, **compared}
 
 
 def decoding_of(arguments: ReadingArguments) -> Decoding:
     """How the answers of a run come from scores, before its threshold is tuned."""
     names = ("max_seq_length", "doc_stride", "max_query_length", "n_best_size", "max_answer_length")
     lengths = {name: getattr(arguments, name) for name in names}
-    return Decoding(**lengths, unanswerable=arguments.version_2_with_negative)
+    return Decoding(
+        **lengths,
+        unanswerable=arguments.version_2_with_negative,
+        korean_particles=arguments.korean_particles,
+    )
 
 
 def tuned(decoding: Decoding, metrics: Mapping[str, float]) -> Decoding:
@@ -332,8 +448,12 @@ def chosen_metric(arguments: ReadingArguments, examples: Sequence[ReadingExample
     """The metric a run is judged by: see `ReadingArguments.metric`."""
     if arguments.metric is not None:
         return arguments.metric
-    korean = sum(any("가" <= character <= "힣" for character in example.context) for example in examples)
-    return "korquad_v1" if 2 * korean > len(examples) else "squad_v1"
+    return "korquad_v1" if 2 * count_korean(examples) > len(examples) else "squad_v1"
+
+
+def count_korean(examples: Sequence[ReadingExample]) -> int:
+    """How many contexts have Hangul."""
+    return sum(HANGUL.search(example.context) is not None for example in examples)
 
 
 def write_predictions(predictions: Predictions, folder: Path, metrics: Mapping[str, float] | None = None) -> None:

@@ -33,10 +33,12 @@ REMOVED_BY_A_NEW_RUN = (
     "predictions.json",
     "nbest_predictions.json",
     "null_odds.json",
+    "questions.jsonl",
     CONFIGURATION_FILE,
     RESULTS_FILE,
     "model.safetensors",
     "curves.png",
+    "reading.png",
 )
 
 

@@ -333,6 +333,20 @@ class TestBestSpans:
         for span in spans:
             assert span.text == span.text.strip() == self.CONTEXT[span.start_char : span.end_char] != ""
 
+    @pytest.mark.parametrize(
+        ("korean_particles", "texts"),
+        [(False, ["서울에서", "서울", "에서", "그는"]), (True, ["서울", "에서", "그"])],
+    )
+    def test_texts_that_are_equal_without_their_particles_are_one(self, korean_particles, texts):
+        context, offsets = "그는 서울에서 잤다", [(0, 2), (3, 5), (5, 7)]
+        starts, ends = np.array([0.0, 1, 9, 5]), np.array([0.0, 1, 4, 6])
+        spans = best_spans(
+            context, [window_of(offsets)], [starts], [ends], max_answer_length=2, korean_particles=korean_particles
+        )
+        assert [span.text for span in spans if "는 서" not in span.text] == texts
+        assert spans[0].score == 15.0  # as it was scored with its particle
+        assert all(context[span.start_char : span.end_char] == span.text for span in spans)
+
     @pytest.mark.parametrize("options", [{"n_best_size": 0}, {"max_answer_length": 0}])
     def test_options(self, options):
         with pytest.raises(UserError, match="1 or more"):
