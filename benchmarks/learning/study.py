@@ -11,8 +11,9 @@ A line of a table is a run for each of its seeds:
 `model` is a name in models.py, `fields` are of its configuration, `arguments` of run_pretraining.py, and the budget
 is `minutes` of CPU time, `tokens`, or `steps`. A line can also have `candidates`, names in candidates.py; `stages`,
 such as [{"from": 0.5, "max_seq_length": 128}], which change arguments at a share of the steps; `held_out`, arguments
-of the text it is judged on; and `vocabulary`, the size of the tokenizer. Every run has one thread. Results are lines
-of results.jsonl; what is there already is not made again, and a run that was killed goes on from its last checkpoint.
+of the text it is judged on; `vocabulary`, the size of the tokenizer; and `keep_model`, to leave the model in the work
+folder's models/KEY. Every run has one thread. Results are lines of results.jsonl; what is there already is not made
+again, and a run that was killed goes on from its last checkpoint.
 """
 
 import argparse
@@ -38,7 +39,15 @@ FOLDER = Path(__file__).resolve().parent
 RESULTS = FOLDER / "results.jsonl"
 BUDGETS = ("minutes", "tokens", "steps")
 # What a line need not have, and what it has then.
-OPTIONAL = {"fields": {}, "arguments": {}, "candidates": [], "stages": [], "held_out": {}, "vocabulary": 8000}
+OPTIONAL = {
+    "fields": {},
+    "arguments": {},
+    "candidates": [],
+    "stages": [],
+    "held_out": {},
+    "vocabulary": 8000,
+    "keep_model": False,
+}
 
 
 def read_table(file: Path) -> list[dict[str, Any]]:
@@ -119,6 +128,11 @@ def make(run: dict[str, Any], corpus: str, work: Path, results: Path) -> str:
     if done.returncode or not (folder / "result.json").is_file():
         return f"exit code {done.returncode}; see {folder / 'log'}"
     result = json.loads((folder / "result.json").read_text("utf-8"))
+    if run["keep_model"]:
+        kept = work / "models" / key_of(run)
+        shutil.rmtree(kept, ignore_errors=True)
+        kept.parent.mkdir(exist_ok=True)
+        shutil.move(folder / "model", kept)
     keep({**run, **result, "key": key_of(run), "when": time.strftime("%Y-%m-%d")}, results)
     shutil.rmtree(folder)
     return ""

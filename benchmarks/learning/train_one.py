@@ -264,6 +264,10 @@ def train_one(specification: dict[str, Any], folder: Path) -> dict[str, Any]:
         return metrics
 
     model, metrics = train_once(arguments, specification, tokenizer, meter, evaluate, done)
+    if specification["keep_model"]:
+        own = model.masked_lm if specification["model"] in PEERS else model
+        own.save_pretrained(folder / "model")
+        tokenizer.save_pretrained(folder / "model")
     documents = list(islice(read_documents(specification["corpus"]), DOCUMENTS_TO_MEASURE))
     return {
         **parameter_counts(model),

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
+from transformers import AutoModelForMaskedLM
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "learning"
 sys.path.insert(0, str(FOLDER))
@@ -237,6 +238,7 @@ def test_a_study_makes_a_run_and_keeps_it_once(tmp_path, monkeypatch, capsys):
         "seeds": [1],
         "steps": 8,
         "vocabulary": 500,
+        "keep_model": True,
         "fields": {"hidden_size": 32, "ff_dim": 32, "num_hidden_layers": 1},
     }
     file = table(tmp_path, line)
@@ -257,4 +259,6 @@ def test_a_study_makes_a_run_and_keeps_it_once(tmp_path, monkeypatch, capsys):
     (result,) = study.read_results(results)
     assert [point["step"] for point in result["curve"]] == list(range(1, 9))
     assert result["steps"] == 8 and result["curve"][-1]["tokens"] > 0
-    assert [folder.name for folder in (tmp_path / "work").iterdir() if folder.name == result["key"]] == []
+    assert not (tmp_path / "work" / result["key"]).exists()
+    kept = AutoModelForMaskedLM.from_pretrained(tmp_path / "work" / "models" / result["key"])
+    assert sum(each.numel() for each in kept.parameters()) < result["parameters"]  # without the head for the order
