@@ -7,12 +7,7 @@ or with `accelerate launch` or `torchrun` on several processes, or `python run_m
 `--validation_file` some articles of the training file are held out (`--validation_articles`, `--validation_split`).
 """
 
-import copy
-import json
-import statistics
-from collections.abc import Iterable
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -25,16 +20,16 @@ from mixlm.reader import MixLMReader, load_for_reading, require_room
 from mixlm.tokenization import load_tokenizer
 from mixlm.training.arguments import parse_arguments
 from mixlm.training.batches import TrainingBatches
+from mixlm.training.fine_tuning import Questions, read_questions, run_seeds, write_lines
 from mixlm.training.loop import train
 from mixlm.training.objectives import ReadingObjective
 from mixlm.training.reading import (
-    Questions,
     ReadingArguments,
     chosen_metric,
+    count_korean,
     decoding_of,
     judged_questions,
     read_over_ranks,
-    read_questions,
     reading_metrics,
     tune_particles,
     tuned,
@@ -98,7 +93,9 @@ def run(arguments: ReadingArguments) -> dict[str, float]:
     folder, model, metrics = arguments.run_folder, arguments.model_name_or_path, {}
     accelerator = prepare_run(arguments) if arguments.do_train else Accelerator(cpu=not torch.cuda.is_available())
     if arguments.do_train or arguments.do_eval:
-        questions = read_questions(arguments)
+        questions = read_questions(arguments, "version_2_with_negative", arguments.do_train)
+        if arguments.tune_decoding and not count_korean(questions.validation):
+            raise UserError("--tune_decoding: no text to evaluate on is Korean; leave it out")
         for note in questions.notes:
             accelerator.print(note)
     if arguments.do_train:
@@ -129,35 +126,10 @@ def run(arguments: ReadingArguments) -> dict[str, float]:
     return metrics
 
 
-def run_seeds(arguments: ReadingArguments) -> None:
-    """A run for each seed, in a folder of its own; mean and deviation of their metrics are in seeds.json."""
-    found = []
-    for seed in arguments.seeds:
-        own = copy.deepcopy(arguments)
-        own.seed, own.output_dir, own.model_name = seed, str(arguments.run_folder), f"seed-{seed}"
-        found.append(run(own))
-
-    def summarize() -> None:
-        summary = {}
-        for name in found[0]:
-            values = [metrics[name] for metrics in found]
-            mean, deviation = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
-            summary[name] = {"mean": mean, "deviation": deviation, "values": values}
-            print(f"  {name:>29}  {mean:,.2f} ± {deviation:.2f}")
-        (arguments.run_folder / "seeds.json").write_text(json.dumps(summary, indent=2) + "\n", "utf-8")
-
-    on_main_process(Accelerator(cpu=not torch.cuda.is_available()), summarize)
-
-
-def write_lines(file: Path, objects: Iterable[dict]) -> None:
-    """Write JSON lines."""
-    file.write_text("".join(json.dumps(each, ensure_ascii=False) + "\n" for each in objects), "utf-8")
-
-
 @exits_on_user_error
 def main():
     arguments = parse_arguments(ReadingArguments)
-    run(arguments) if arguments.seeds is None else run_seeds(arguments)
+    run(arguments) if arguments.seeds is None else run_seeds(run, arguments)
     end_processes()
 
 

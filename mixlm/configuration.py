@@ -57,6 +57,8 @@ class _EncoderConfig(PreTrainedConfig):
     initializer_range: float | int = 0.02
     pretraining_objective: Literal["sop", "ict"] = "sop"
     pooler: Literal["decoder", "mean", "cls"] = "decoder"
+    normalize_embeddings: bool = False
+    two_towers: bool = False
     kernels: Literal["auto", "plain", "fused", "lean"] = "auto"
     pad_token_id: int | None = 0
     bos_token_id: int | None = None
@@ -198,6 +200,8 @@ class MixLMConfig(_EncoderConfig):
         initializer_range: standard deviation of initial weights.
         pretraining_objective: what ForPreTraining learns beside MLM: "sop" (ALBERT) or "ict" (ORQA).
         pooler: how a text becomes one vector: "decoder" (a learned weight per position), "mean" or "cls".
+        normalize_embeddings: retrieval: a vector is divided by its norm, so that inner products are cosines.
+        two_towers: retrieval: contexts have an encoder of their own instead of that of the queries.
         kernels: how the formulas are computed. It changes time and memory, and no result in float32 and float64; in 16
             bits, gradients differ in rounding. "plain" = torch's operations one by one; "fused" = the functions of
             `mixlm.kernels`; "lean" = those, computing the activations of the feed-forward twice rather than keeping

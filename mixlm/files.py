@@ -1,4 +1,4 @@
-"""Folders that are either whole or absent, whatever happens while they are written."""
+"""Folders and files that are either whole or absent, whatever happens while they are written."""
 
 import os
 import shutil
@@ -43,8 +43,21 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def write_whole(file: Path, text: str) -> None:
+    """Write a file, so that whatever happens it has its old or its new content.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    partial = partial_name(file)
+    partial.write_text(text, "utf-8")
+    flush(partial)
+    os.replace(partial, file)
+    flush(file.parent)
+
+
 def partial_name(folder: Path) -> Path:
-    """Where a folder lies while it is being filled."""
+    """Where a folder or file lies while it is being written."""
     return folder.with_name(f".{folder.name}.partial")
 
 

@@ -92,7 +92,7 @@ class QuestionAnsweringOutput(ModelOutput):
 
 @dataclass
 class RetrievalOutput(ModelOutput):
-    """Output of ForRetrieval: `embeddings` and `context_embeddings` are [batch, hidden]."""
+    """Output of ForRetrieval: `embeddings` [batch, hidden] and `context_embeddings` [contexts, hidden]."""
 
     loss: Tensor | None = None
     embeddings: Tensor | None = None
@@ -192,14 +192,33 @@ def classification_loss(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(at_least_float32(logits), targets, ignore_index=IGNORE, reduction="sum") / rows
 
 
-def in_batch_retrieval_loss(embeddings: Tensor, context_embeddings: Tensor) -> Tensor:
-    """Softmax over the inner products of each query with every context of the batch; query i belongs to context i.
-
-    Both are [batch, hidden]. (ICT: ORQA, arXiv:1906.00300, section 4; in-batch negatives: DPR, arXiv:2004.04906, 3.2.)
-    """
+def retrieval_scores(embeddings: Tensor, context_embeddings: Tensor) -> Tensor:
+    """The inner products of each query with every context, in float32: [queries, hidden], [contexts, hidden]."""
     with torch.autocast(embeddings.device.type, enabled=False):  # inner products of whole texts overflow fp16
-        scores = at_least_float32(embeddings) @ at_least_float32(context_embeddings).T
-    return F.cross_entropy(scores, torch.arange(len(scores), device=scores.device))
+        return at_least_float32(embeddings) @ at_least_float32(context_embeddings).T
+
+
+def in_batch_retrieval_loss(
+    embeddings: Tensor, context_embeddings: Tensor, context_first_rows: Tensor | None = None
+) -> Tensor:
+    """Softmax over the inner products of each query with every context of the batch; one of them is its own.
+
+    (ICT: ORQA, arXiv:1906.00300, section 4; in-batch negatives: DPR, arXiv:2004.04906, section 3.2.)
+
+    Args:
+        embeddings: [batch, hidden].
+        context_embeddings: [contexts, hidden].
+        context_first_rows: which context is each query's own, [batch]; None = that of the same number.
+    """
+    scores = retrieval_scores(embeddings, context_embeddings)
+    if context_first_rows is None:
+        if scores.shape[0] != scores.shape[1]:
+            raise ValueError(
+                f"the retrieval loss of {scores.shape[0]} queries and {scores.shape[1]} contexts needs "
+                "context_first_rows"
+            )
+        context_first_rows = torch.arange(len(scores), device=scores.device)
+    return F.cross_entropy(scores, context_first_rows)
 
 
 def sum_losses(*losses: Tensor | None) -> Tensor:
@@ -320,10 +339,12 @@ class QuestionAnsweringHeads(EncoderHeads):
 
 
 class RetrievalHeads(EncoderHeads):
-    """ForRetrieval."""
+    """ForRetrieval: one encoder for queries and contexts, or with `config.two_towers` one for each."""
 
     def build_heads(self, config) -> None:
         self.pooler = build_pooler(config)
+        if config.two_towers:
+            self.context_encoder = self.base_model_class(config)
 
     @can_return_tuple
     def forward(
@@ -335,29 +356,51 @@ class RetrievalHeads(EncoderHeads):
         inputs_embeds: Tensor | None = None,
         context_input_ids: Tensor | None = None,
         context_attention_mask: Tensor | None = None,
+        context_first_rows: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> RetrievalOutput:
-        """The query as `input_ids` (inputs as in the encoder) and, to get a loss, its context.
+        """The query as `input_ids` (inputs as in the encoder), contexts, or both, and then there is a loss.
 
         Args:
-            context_input_ids, context_attention_mask: [batch, context length]; context i belongs to query i, the other
-                contexts of the batch are its negatives. The mask defaults to no padding.
+            context_input_ids, context_attention_mask: [contexts, context length]; all contexts of the batch that are
+                not a query's own are its negatives. The mask defaults to no padding.
+            context_first_rows: [batch], the row of each query's own context. The rows after it, to the next query's
+                own, are its hard negatives. Default: query i has context i alone.
         """
-        if context_input_ids is None and context_attention_mask is not None:
-            raise ValueError("the retrieval loss needs context_input_ids beside context_attention_mask")
-        encoded = self.encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
-        embeddings = self.pooler(encoded.last_hidden_state, attention_mask)
         if context_input_ids is None:
+            lacking = {"context_attention_mask": context_attention_mask, "context_first_rows": context_first_rows}
+            for name, value in lacking.items():
+                if value is not None:
+                    raise ValueError(f"the retrieval loss needs context_input_ids beside {name}")
+        encoded = encoded_context = embeddings = context_embeddings = loss = None
+        if input_ids is not None or inputs_embeds is not None or context_input_ids is None:
+            encoded = self.encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
+            embeddings = self.embed(encoded, attention_mask)
+        if context_input_ids is not None:
+            encoded_context = self.encode_context(context_input_ids, context_attention_mask, **kwargs)
+            context_embeddings = self.embed(encoded_context, context_attention_mask)
+        if encoded is None:
+            return RetrievalOutput(context_embeddings=context_embeddings, **layer_outputs(encoded_context))
+        if encoded_context is None:
             return RetrievalOutput(embeddings=embeddings, **layer_outputs(encoded))
-        encoded_context = self.encode(context_input_ids, context_attention_mask, **kwargs)
-        context_embeddings = self.pooler(encoded_context.last_hidden_state, context_attention_mask)
         aux_loss = mean_aux_loss(encoded, encoded_context)
+        loss = in_batch_retrieval_loss(embeddings, context_embeddings, context_first_rows)
         return RetrievalOutput(
-            loss=sum_losses(in_batch_retrieval_loss(embeddings, context_embeddings), aux_loss),
+            loss=sum_losses(loss, aux_loss),
             embeddings=embeddings,
             context_embeddings=context_embeddings,
             **{**layer_outputs(encoded), "aux_loss": aux_loss},
         )
+
+    def embed(self, encoded: EncoderOutput, attention_mask: Tensor | None) -> Tensor:
+        """The vectors of texts, [batch, hidden]."""
+        vectors = self.pooler(encoded.last_hidden_state, attention_mask)
+        return F.normalize(vectors, dim=-1) if self.config.normalize_embeddings else vectors
+
+    def encode_context(self, *inputs: Tensor | None, **kwargs: Any) -> EncoderOutput:
+        """As `encode`, for contexts."""
+        encoder = self.context_encoder if self.config.two_towers else self.encoder
+        return encoder(*inputs, **{**kwargs, "return_dict": True})
 
 
 class PreTrainingHeads(MaskedLMHeadAccess, EncoderHeads):
@@ -476,5 +519,8 @@ def layer_outputs(encoded: EncoderOutput) -> dict[str, Any]:
 
 
 def mean_aux_loss(first: EncoderOutput, second: EncoderOutput) -> Tensor | None:
-    """The auxiliary loss of a query and context pair: a text weighs the same wherever it stands."""
-    return None if first.aux_loss is None else (first.aux_loss + second.aux_loss) / 2
+    """The auxiliary loss of queries and contexts: a text weighs the same wherever it stands."""
+    if first.aux_loss is None:
+        return None
+    rows, others = len(first.last_hidden_state), len(second.last_hidden_state)
+    return (rows * first.aux_loss + others * second.aux_loss) / (rows + others)

@@ -339,7 +339,7 @@ class MixLMPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["EncoderLayer", "MixLMAttention", "MixLMFeedForward"]
     _supports_sdpa = True
     # A folder may hold the weights of several heads; a model takes its own and lets the others be.
-    _keys_to_ignore_on_load_unexpected = [r"^(mlm_head|sop_head|pooler|qa_outputs)\."]
+    _keys_to_ignore_on_load_unexpected = [r"^(mlm_head|sop_head|pooler|qa_outputs|context_encoder)\."]
     _can_record_outputs = {"hidden_states": EncoderLayer, "attentions": OutputRecorder(ResidualAttention, index=1)}
     # Auto class -> class of this family. Written into every saved configuration, so that a process without this
     # package loads every head of the folder with trust_remote_code=True. AutoModelForTextEncoding is transformers'

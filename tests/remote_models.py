@@ -74,7 +74,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def tiny_model(model_class: type) -> torch.nn.Module:
+def tiny_model(model_class: type, **fields) -> torch.nn.Module:
     """A model of two small layers with a vocabulary for `tiny_tokenizer`, in evaluation mode."""
     torch.manual_seed(0)
     config = model_class.config_class(
@@ -86,6 +86,7 @@ def tiny_model(model_class: type) -> torch.nn.Module:
         ff_dim=32,
         max_position_embeddings=32,
         initializer_range=0.5,
+        **fields,
     )
     return model_class(config).eval()
 

@@ -3,7 +3,7 @@
 import pytest
 
 from mixlm.errors import UserError
-from mixlm.files import new_folder, partial_name, require_free, whole_folder
+from mixlm.files import new_folder, partial_name, require_free, whole_folder, write_whole
 
 
 def contents(folder):
@@ -38,6 +38,16 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
     with whole_folder(tmp_path / "target") as folder:
         (folder / "file").write_text("new")
     assert contents(tmp_path) == {"target/file": "new"}
+
+
+def test_a_file_has_its_old_or_its_new_content(tmp_path, monkeypatch):
+    write_whole(tmp_path / "file", "old")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("mixlm.files.flush", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
+        write_whole(tmp_path / "file", "new")
+    assert (tmp_path / "file").read_text() == "old"
+    write_whole(tmp_path / "file", "new")
+    assert contents(tmp_path) == {"file": "new"}
 
 
 def test_a_users_folder_is_never_replaced(tmp_path):

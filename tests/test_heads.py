@@ -277,6 +277,92 @@ class TestRetrieval:
             same(output.aux_loss, sum(alone) / 2)
 
     @RETRIEVAL
+    def test_queries_and_contexts_are_also_encoded_alone(self, model_class):
+        model = build(model_class)
+        batch = ict_batch(model.config)
+        query = {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids")}
+        context = {name: batch[name] for name in ("context_input_ids", "context_attention_mask")}
+        both, queries, contexts = model(**query, **context), model(**query), model(**context)
+        same(queries.embeddings, both.embeddings)
+        same(contexts.context_embeddings, both.context_embeddings)
+        assert contexts.loss is None and contexts.embeddings is None
+        assert queries.loss is None and queries.context_embeddings is None
+
+    @RETRIEVAL
+    def test_hard_negatives_stand_behind_the_own_context(self, model_class):
+        model = build(model_class)
+        batch = ict_batch(model.config, context_lengths=(7, 8, 5, 6, 3))
+        del batch["labels"], batch["context_labels"]
+        own = [0, 2, 3]
+        output = model(**batch, context_first_rows=torch.tensor(own))
+        scores = (output.embeddings @ output.context_embeddings.T).tolist()
+        expected = 0
+        for row, place in zip(scores, own, strict=True):
+            expected += math.log(sum(math.exp(score - row[place]) for score in row)) / 3
+        assert output.loss.item() == pytest.approx(expected + torch.as_tensor(aux(output)).item(), rel=1e-5)
+        if output.aux_loss is not None:  # also where there are more contexts than queries
+            query = model(**{name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids")})
+            context = model(batch["context_input_ids"], batch["context_attention_mask"])
+            same(output.aux_loss, (3 * query.aux_loss + 5 * context.aux_loss) / 8)
+
+    @RETRIEVAL
+    def test_without_hard_negatives_a_context_is_in_the_row_of_its_query(self, model_class):
+        model = build(model_class)
+        batch = ict_batch(model.config)
+        del batch["labels"], batch["context_labels"]
+        assert model(**batch).loss == model(**batch, context_first_rows=torch.arange(3)).loss
+
+    @RETRIEVAL
+    def test_vectors_of_norm_one(self, model_class):
+        model = build(model_class, normalize_embeddings=True)
+        batch = ict_batch(model.config)
+        plain = build(model_class)
+        output = model(**batch)
+        for name in ("embeddings", "context_embeddings"):
+            vectors = plain(**batch)[name]
+            same(output[name].norm(dim=-1), torch.ones(3))
+            same(output[name] * vectors.norm(dim=-1, keepdim=True), vectors)
+
+    @RETRIEVAL
+    def test_contexts_have_a_tower_of_their_own(self, model_class):
+        model = build(model_class, two_towers=True)
+        batch = ict_batch(model.config)
+        output = model(**batch)
+        inputs = batch["context_input_ids"], batch["context_attention_mask"]
+        same(output.context_embeddings, model.pooler(model.context_encoder(*inputs).last_hidden_state, inputs[1]))
+        assert not torch.allclose(output.context_embeddings, model(*inputs).embeddings)
+        output.context_embeddings.sum().backward()
+        assert model.encoder.embeddings.word_embeddings.weight.grad is None
+        assert model.context_encoder.embeddings.word_embeddings.weight.grad.abs().max() > 0
+
+    @RETRIEVAL
+    def test_padding_changes_nothing_in_either_tower(self, model_class):
+        model = build(model_class, two_towers=True, normalize_embeddings=True)
+        padded = random_batch(model.config, [6, 3], padded_to=11)
+        ids, mask = padded["input_ids"], padded["attention_mask"]
+        together = model(ids, mask, context_input_ids=ids, context_attention_mask=mask)
+        for row, length in enumerate((6, 3)):
+            alone = model(ids[row : row + 1, :length], context_input_ids=ids[row : row + 1, :length])
+            same(together.embeddings[row : row + 1], alone.embeddings)
+            same(together.context_embeddings[row : row + 1], alone.context_embeddings)
+
+    @RETRIEVAL
+    @pytest.mark.parametrize(
+        ("given", "message"),
+        [
+            ({"context_first_rows": torch.tensor([0])}, "needs context_input_ids beside context_first_rows"),
+            (
+                {"context_input_ids": torch.ones(3, 4, dtype=torch.long)},
+                "the retrieval loss of 2 queries and 3 contexts needs context_first_rows",
+            ),
+        ],
+    )
+    def test_contexts_that_fit_no_queries_are_an_error(self, model_class, given, message):
+        model = build(model_class)
+        with pytest.raises(ValueError, match=message):
+            model(torch.ones(2, 4, dtype=torch.long), **given)
+
+    @RETRIEVAL
     def test_mask_without_context_is_an_error(self, model_class):
         model = build(model_class)
         batch = ict_batch(model.config)

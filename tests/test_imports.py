@@ -15,7 +15,7 @@ LAYERS = [
     {"cli"},
     {"profiling", "planning", "probing"},
     {"training", "retrieval"},
-    {"evaluation", "reader"},
+    {"evaluation", "reader", "encoder"},
     {"data", "tokenization", "conversion"},
     {"files"},
 ]

@@ -10,6 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers import pipeline
 
 TEXT = "서울 은 한국 의 [MASK] 이다 ."
+# Auto class -> fields of the configuration: the other heads load from a folder with two towers too.
+FIELDS = {"AutoModelForTextEncoding": {"two_towers": True, "normalize_embeddings": True}}
 
 # Loads every head from every folder; one process for all, because starting one takes longest.
 SCRIPT = """
@@ -34,6 +36,9 @@ def record(key, model):
     encoded = tensors_of(model.base_model(**inputs))
     outputs.update({f"{key}/{name}": value for name, value in tensors_of(model(**inputs)).items()})
     outputs.update({f"{key}/encoder/{name}": value for name, value in encoded.items()})
+    if hasattr(model, "context_encoder"):
+        contexts = model(context_input_ids=inputs["input_ids"], context_attention_mask=inputs["attention_mask"])
+        outputs.update({f"{key}/contexts/{name}": value for name, value in tensors_of(contexts).items()})
 
 for folder in auto_classes:
     report["config_modules"][folder] = type(AutoConfig.from_pretrained(folder, trust_remote_code=True)).__module__
@@ -58,7 +63,7 @@ save_file(outputs, "outputs.safetensors")
 def test_every_head_in_a_process_without_the_package(name, tmp_path):
     """One test for all that is asked of that process: starting it takes longest, and tests share nothing."""
     heads, inputs, tokenizer = HEADS[name], tiny_inputs(), tiny_tokenizer()
-    models = {auto: tiny_model(model_class) for auto, model_class in heads.items()}
+    models = {auto: tiny_model(model_class, **FIELDS.get(auto, {})) for auto, model_class in heads.items()}
     for auto, model in models.items():
         model.save_pretrained(tmp_path / auto)
         tokenizer.save_pretrained(tmp_path / auto)
@@ -80,6 +85,11 @@ def test_every_head_in_a_process_without_the_package(name, tmp_path):
         check_outputs(outputs, f"{folder}/{folder}", model, inputs)
         check_outputs(outputs, f"resaved/{folder}", model, inputs)
 
+    contexts = {f"context_{name}": inputs[name] for name in ("input_ids", "attention_mask")}
+    for place in ("AutoModelForTextEncoding", "resaved"):
+        check_outputs(
+            outputs, f"{place}/AutoModelForTextEncoding/contexts", models["AutoModelForTextEncoding"], contexts
+        )
     assert report["tokens"] == dict(tokenizer(TEXT))
     assert "token_type_ids" in report["tokens"]
     expected = pipeline("fill-mask", model=models["AutoModelForMaskedLM"], tokenizer=tokenizer)(TEXT)

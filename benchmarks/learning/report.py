@@ -54,26 +54,27 @@ def lines_of(table: Path, results: Iterable[dict[str, Any]]) -> list[Line]:
 
 
 def markdown(lines: Sequence[Line]) -> str:
-    """A table in which each line is compared with the first, seed by seed.
+    """A table in which each line that has results is compared with the first, seed by seed.
 
     The difference of a line is the mean over the seeds that both have; what follows ± is the standard deviation.
     """
     base = lines[0].results
+    made = sum(len(line.results) for line in lines)
+    if not made:
+        return "Not run yet.\n"
     rows = ["| | seeds | tokens seen | held-out loss (nats) | difference | accuracy | second objective |"]
     rows.append("|---|---|---|---|---|---|---|")
     for number, line in enumerate(lines):
         results = list(line.results.values())
         if not results:
-            rows.append(f"| {line.name} | 0 of {line.seeds} | | | | | |")
             continue
         common = [seed for seed in line.results if seed in base and number]
         differences = [loss_of(line.results[seed]) - loss_of(base[seed]) for seed in common]
         second = [result["metrics"].get("sop_accuracy", result["metrics"].get("ict_recall@1")) for result in results]
-        seeds = len(results) if len(results) == line.seeds else f"{len(results)} of {line.seeds}"
         tokens = statistics.mean(result["curve"][-1]["tokens"] for result in results)
         cells = [
             line.name,
-            seeds,
+            len(results),
             f"{tokens / 1000:,.0f}k",
             spread(map(loss_of, results)),
             spread(differences, sign="+"),
@@ -81,6 +82,9 @@ def markdown(lines: Sequence[Line]) -> str:
             f"{100 * statistics.mean(second):.1f}%",
         ]
         rows.append(f"| {' | '.join(map(str, cells))} |")
+    planned = sum(line.seeds for line in lines)
+    if made < planned:
+        rows.append(f"\n{made} of {planned} runs are made.")
     return "\n".join(rows) + "\n"
 
 

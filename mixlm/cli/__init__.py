@@ -11,7 +11,9 @@ from itertools import takewhile
 from ..errors import UserError, exits_on_user_error
 from .costs import add_plan_parser, add_profile_parser
 from .models import add_convert_parser, add_fill_mask_parser, add_read_parser
+from .retrieval import add_evaluate_parser
 from .runs import add_report_parser, add_verify_engines_parser
+from .search import add_encode_parser, add_index_parser, add_search_parser, add_tune_parser
 from .tables import did_you_mean
 from .tokenizer import add_tokenizer_parser
 
@@ -54,6 +56,11 @@ def main(argv: list[str] | None = None) -> None:
     add_tokenizer_parser(subparsers)
     add_fill_mask_parser(subparsers)
     add_read_parser(subparsers)
+    add_encode_parser(subparsers)
+    add_index_parser(subparsers)
+    add_search_parser(subparsers)
+    add_tune_parser(subparsers)
+    add_evaluate_parser(subparsers)
     add_report_parser(subparsers)
     add_profile_parser(subparsers)
     add_plan_parser(subparsers)

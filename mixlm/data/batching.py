@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import chain
 
 import numpy as np
 import torch
@@ -245,20 +246,27 @@ class LengthBucketedBatches:
         return [[(epoch, index) for index in run[self.rank :: self.ranks].tolist()] for run in runs]
 
 
-def collate(examples: Sequence[dict[str, np.ndarray | int]], pad_token_id: int) -> dict[str, Tensor]:
+def collate(examples: Sequence[dict[str, np.ndarray | int | list]], pad_token_id: int) -> dict[str, Tensor]:
     """Pad examples to a batch.
 
     Args:
         examples: dictionaries of the same fields. An array [length] is padded to the longest of the batch: labels with
-            -100, token types with 0, ids with `pad_token_id`. A number becomes an entry of a tensor [batch].
+            -100, token types with 0, ids with `pad_token_id`. A number becomes an entry of a tensor [batch]. A list of
+            arrays or numbers becomes as many rows.
         pad_token_id: the padding token.
 
     Returns:
-        int64 tensors [batch, longest] or [batch], and beside each `<prefix>input_ids` its `<prefix>attention_mask`.
+        int64 tensors [rows, longest] or [rows], and beside each `<prefix>input_ids` its `<prefix>attention_mask`;
+        where examples have lists of these, `<prefix>first_rows` [batch] says in which row each example begins.
     """
     batch = {}
     for field in examples[0]:
         values = [example[field] for example in examples]
+        if isinstance(values[0], list):
+            if field.endswith("input_ids"):
+                firsts = np.cumsum([0, *map(len, values[:-1])])
+                batch[field.removesuffix("input_ids") + "first_rows"] = torch.from_numpy(firsts)
+            values = list(chain.from_iterable(values))
         if np.ndim(values[0]) == 0:
             batch[field] = torch.tensor(values, dtype=torch.int64)
             continue

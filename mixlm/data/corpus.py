@@ -201,7 +201,8 @@ def _read_file(file: Path) -> Iterator[Document]:
     sentences: list[str] = []
     first_line = 0
     has_sentences = False
-    for number, line in _read_lines(file):
+    for number, line in numbered_lines(file):
+        line = unicodedata.normalize("NFC", line.strip())
         if line:
             if not sentences:
                 first_line = number
@@ -220,15 +221,21 @@ def _read_file(file: Path) -> Iterator[Document]:
         raise UserError(f"{file}: the file has no sentence; remove it, or put text there, one sentence a line")
 
 
-def _read_lines(file: Path) -> Iterator[tuple[int, str]]:
-    """Numbered, stripped lines in NFC. They are decoded one by one so that an error can name its byte."""
+def numbered_lines(file: Path) -> Iterator[tuple[int, str]]:
+    """Stream the lines of a UTF-8 file, decompressed where its name ends in .xz or .gz, with their numbers from 1.
+
+    A line keeps its end; a byte order mark is left out. Each is decoded by itself so that an error can name its byte.
+
+    Raises:
+        UserError: the file cannot be read, is damaged or is not UTF-8.
+    """
     number = offset = 0
-    text = "text" if file.suffix == ".dat" else "decompressed text"
+    text = "decompressed text" if file.suffix in (".xz", ".gz") else "text"
     try:
         with _open_binary(file) as stream:
             for number, line in enumerate(stream, start=1):
                 decoded = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                yield number, unicodedata.normalize("NFC", decoded.strip())
+                yield number, decoded
                 offset += len(line)
     except UnicodeDecodeError as error:
         position = offset + error.start

@@ -44,12 +44,13 @@ def content_hashes(stamps: Stamps, cache_dir: Path) -> list[str]:
             unknown = [file for file in stamps if file not in known]
             size = sum(stamps[file][0] for file in unknown)
             with tqdm(desc="hashing the corpus", total=size, unit="B", unit_scale=True, delay=5) as progress:
-                known.update((file, _hash_file(file, progress)) for file in unknown)
+                known.update((file, hash_file(file, progress)) for file in unknown)
             _remember(memory, stamps, known)
     return [known[file] for file in stamps]
 
 
-def _hash_file(file: str, progress: tqdm) -> str:
+def hash_file(file: str | Path, progress: tqdm) -> str:
+    """Hash of the content of a file; `progress` moves on by its bytes."""
     digest = hashlib.blake2b(digest_size=16)
     with open(file, "rb") as stream:
         while piece := stream.read(1 << 20):

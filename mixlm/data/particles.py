@@ -48,7 +48,7 @@ def _kinds_of_characters(context: str) -> str:
     originals = _COMPOSED_AS_ONE.findall(context)  # Kiwi knows no syllables in letters of their own
     composed = "".join(unicodedata.normalize("NFC", part) if len(part) > 1 else part for part in originals)
     kinds = [_OTHER] * len(composed)
-    morphemes = _kiwi().tokenize(composed)
+    morphemes = kiwi().tokenize(composed)
     for is_particle in (True, False):  # what a particle shares with another morpheme is not its own
         for morpheme in morphemes:
             if morpheme.tag.startswith("J") == is_particle:
@@ -59,7 +59,8 @@ def _kinds_of_characters(context: str) -> str:
 
 
 @cache
-def _kiwi() -> Any:
+def kiwi() -> Any:
+    """The one Kiwi of this process."""
     from kiwipiepy import Kiwi
 
     return Kiwi(num_workers=1)  # threads are for many texts at a time

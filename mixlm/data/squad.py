@@ -65,6 +65,23 @@ class ReadingExample:
 
 
 @dataclass(frozen=True)
+class Paragraph:
+    """A text that questions are asked about.
+
+    Attributes:
+        title: of its article; "" where the file has none.
+        context: the text.
+        article: number of its article in the file, counted from 0.
+        number: its own number in the article, counted from 0.
+    """
+
+    title: str
+    context: str
+    article: int
+    number: int
+
+
+@dataclass(frozen=True)
 class SkippedAnswer:
     """An answer that cannot be learned from: the id of its question, and why."""
 
@@ -108,7 +125,7 @@ def read_squad(paths: str | PathLike | Iterable[str | PathLike], *, to_learn_fro
     files = [file for path in paths for file in reading_files(path)]
     collected = _Collector(to_learn_from)
     for file in files:
-        if _plain_suffix(file) == ".jsonl":
+        if plain_suffix(file) == ".jsonl":
             for row in _read_lines(file):
                 collected.add_row(row)
         else:
@@ -137,6 +154,18 @@ def read_rows(rows: Iterable[Mapping], name: str) -> ReadingData:
     return collected.result(name)
 
 
+def read_paragraphs(file: Path) -> Iterator[Paragraph]:
+    """The paragraphs of a `.json` file as SQuAD has it, also those without questions; it may be compressed.
+
+    Raises:
+        UserError: the file cannot be read, or is not what is wanted (the message says where).
+    """
+    for article, article_node in enumerate(_read_document(file)["data"].elements()):
+        title = article_node["title"].text() if "title" in article_node else ""
+        for number, paragraph in enumerate(article_node["paragraphs"].elements()):
+            yield Paragraph(title, _context(paragraph), article, number)
+
+
 def reading_files(path: str | PathLike) -> list[Path]:
     """The `.json` and `.jsonl` files (also compressed) under `path`: itself, or those of a folder, sorted.
 
@@ -146,7 +175,7 @@ def reading_files(path: str | PathLike) -> list[Path]:
     path = Path(path)
     wanted = f"{' and '.join(READING_SUFFIXES)}, also with {' or '.join(COMPRESSED)}"
     if path.is_file():
-        if _plain_suffix(path) not in READING_SUFFIXES:
+        if plain_suffix(path) not in READING_SUFFIXES:
             raise UserError(f"{path}: not a file of questions; give one of {wanted}")
         return [path]
     if not path.is_dir():
@@ -155,7 +184,7 @@ def reading_files(path: str | PathLike) -> list[Path]:
         file
         for file in path.rglob("*")
         if file.is_file()
-        and _plain_suffix(file) in READING_SUFFIXES
+        and plain_suffix(file) in READING_SUFFIXES
         and not any(part.startswith(".") for part in file.relative_to(path).parts)
     )
     if not files:
@@ -415,8 +444,8 @@ def _occurrences(context: str, text: str) -> list[int]:
     return places
 
 
-def _plain_suffix(file: Path) -> str:
-    """The suffix below that of the compression."""
+def plain_suffix(file: Path) -> str:
+    """The last suffix of a name, or the one before it where the last is one of `COMPRESSED`."""
     return Path(file.stem).suffix if file.suffix in COMPRESSED else file.suffix
 
 

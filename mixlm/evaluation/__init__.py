@@ -1,4 +1,4 @@
-"""How good answers are: EM and F1 of reading, and what kind of errors are made."""
+"""How good answers are: EM and F1 of reading, and what kind of errors are made; and how good rankings are."""
 
 from pathlib import Path
 

@@ -81,8 +81,8 @@ def evaluate_pretraining(
     config = engine.config
     if config.pretraining_objective == "ict":
         none = torch.empty(0, config.hidden_size, device=accelerator.device)  # a rank can be left without a batch
-        all_queries, _ = gather_rows(accelerator, torch.cat([none, *queries]))
-        all_contexts, _ = gather_rows(accelerator, torch.cat([none, *contexts]))
+        all_queries, _ = gather_rows(accelerator, torch.cat([none, *queries]).float())
+        all_contexts, _ = gather_rows(accelerator, torch.cat([none, *contexts]).float())
         return {**metrics, "ict_recall@1": recall_at_1(all_queries, all_contexts)}
     return {**metrics, "sop_accuracy": orders_correct / max(orders, 1)}
 

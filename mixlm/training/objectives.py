@@ -12,8 +12,10 @@ from typing import NamedTuple
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.nn.functional import cross_entropy, pad
 
-from ..heads import IGNORE, in_batch_retrieval_loss
+from ..data.retrieval import EMPTY_PASSAGE
+from ..heads import IGNORE, retrieval_scores
 from ..modeling_switch import routing_counts
 from .sharding import Engine
 
@@ -45,9 +47,11 @@ class Step:
 
 
 class RetrievalGradients(NamedTuple):
-    """The global in-batch retrieval loss and its gradients by this rank's [rows, hidden] embeddings."""
+    """The global in-batch retrieval loss, the share of queries whose own context scores highest, and the gradients of
+    the loss by this rank's [rows, hidden] embeddings."""
 
     loss: Tensor
+    accuracy: Tensor
     queries: Tensor
     contexts: Tensor
 
@@ -126,66 +130,145 @@ class SentenceOrderObjective(Objective):
         return self._share(terms, step), {**terms, **self._routing_terms(outputs, batch)}
 
 
-class InverseClozeObjective(Objective):
-    """MLM and ICT, whose negatives are the global batch: all micro-batches of all ranks.
+class RetrievalObjective(Objective):
+    """In-batch retrieval whose negatives are the contexts of the global batch: all micro-batches of all ranks.
 
     With several micro-batches the embeddings are computed twice (gradient caching, arXiv:2101.06983): first without
     gradient, to get the loss over the global batch and its gradient by every embedding; then micro-batch by
     micro-batch with gradient, from the same random state, so that memory is that of one micro-batch.
+
+    A batch has `input_ids` and `context_input_ids` with their masks. With hard negatives it has `context_first_rows`,
+    as `RetrievalHeads.forward` has it. With `passage` [batch] and `context_passage` [contexts], the numbers of
+    passages, each passage is one candidate of a query, however often it is in the batch; so no two questions about a
+    passage are negatives of each other.
+
+    Args:
+        temperature: scores are divided by it.
+        empty_passage: token ids of a passage without text, [length], which every step has as one more candidate; its
+            number is `EMPTY_PASSAGE`. None = none.
     """
 
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        engine: Engine,
+        temperature: float = 1.0,
+        empty_passage: Tensor | None = None,
+    ):
+        super().__init__(accelerator, engine)
+        self.temperature, self.empty_passage = temperature, empty_passage
+
     def weights(self, batch: Batch) -> dict[str, int]:
-        """As in `Objective.weights`; the masked tokens are those of query and context."""
-        masked = int((batch["labels"] != IGNORE).sum() + (batch["context_labels"] != IGNORE).sum())
-        return {"mlm": masked, "ict": len(batch["input_ids"]), "aux": len(batch["input_ids"])}
+        """As in `Objective.weights`; queries and contexts are routed alike."""
+        queries = len(batch["input_ids"])
+        return {"ict": queries, "aux": queries + len(batch["context_input_ids"])}
 
     def begin_step(self, micro_batches: list[Batch]) -> Step:
-        """Add the weights over all ranks and, with several micro-batches, compute the gradients of the embeddings."""
+        """Add the weights over all ranks and, with several micro-batches, compute the gradients of the embeddings.
+
+        The first of the micro-batches of the main process becomes one with the empty passage.
+        """
+        if self.empty_passage is not None and self.accelerator.is_main_process:
+            micro_batches[0] = with_context(micro_batches[0], self.empty_passage, EMPTY_PASSAGE)
         step = super().begin_step(micro_batches)
         if len(micro_batches) > 1:
             queries, contexts = [], []
             with torch.no_grad():
                 for batch in micro_batches:
                     step.random_states.append(_random_state(self.accelerator.device))
-                    outputs = self.engine(**_without_labels(batch))
+                    outputs = self.engine(**self._inputs_of_embeddings(batch))
                     queries.append(outputs.embeddings)
                     contexts.append(outputs.context_embeddings)
-            gradients = self._retrieval_gradients(torch.cat(queries), torch.cat(contexts))
-            rows = [len(part) for part in queries]
-            step.retrieval = [
-                RetrievalGradients(gradients.loss, query, context)
-                for query, context in zip(gradients.queries.split(rows), gradients.contexts.split(rows), strict=True)
-            ]
+            gradients = self._retrieval_gradients(torch.cat(queries), torch.cat(contexts), micro_batches)
+            shares = zip(
+                gradients.queries.split([len(part) for part in queries]),
+                gradients.contexts.split([len(part) for part in contexts]),
+                strict=True,
+            )
+            step.retrieval = [gradients._replace(queries=query, contexts=context) for query, context in shares]
         return step
 
     def loss(self, batch: Batch, number: int, step: Step) -> tuple[Tensor, dict[str, Term]]:
         """As in `Objective.loss`."""
         if step.random_states:
             _set_random_state(step.random_states[number], self.accelerator.device)
-        outputs = self._forward(batch)
+        outputs = self._forward(self._inputs(batch))
         if step.retrieval:
             gradients = step.retrieval[number]
         else:
-            gradients = self._retrieval_gradients(outputs.embeddings.detach(), outputs.context_embeddings.detach())
+            embeddings = (outputs.embeddings.detach(), outputs.context_embeddings.detach())
+            gradients = self._retrieval_gradients(*embeddings, [batch])
         weights = step.weights[number]
-        terms = self._terms({"mlm": outputs.mlm_loss, "aux": outputs.aux_loss}, weights)
+        losses = {name: getattr(outputs, f"{name}_loss", None) for name in weights if name != "ict"}
+        terms = self._terms(losses, weights)
         # The gradient of this inner product by the embeddings is the gradient of the global loss.
         by_queries = (outputs.embeddings * gradients.queries).sum()
         by_contexts = (outputs.context_embeddings * gradients.contexts).sum()
-        share = self._share(terms, step) + by_queries + by_contexts
+        share = by_queries + by_contexts
+        if terms:
+            share = share + self._share(terms, step)
         terms["ict"] = Term(gradients.loss * weights["ict"], weights["ict"])
+        terms["ict_accuracy"] = Term(gradients.accuracy * weights["ict"], weights["ict"])
         return share, {**terms, **self._routing_terms(outputs, batch)}
 
-    def _retrieval_gradients(self, queries: Tensor, contexts: Tensor) -> RetrievalGradients:
-        all_queries, first = gather_rows(self.accelerator, queries)
-        all_contexts, _ = gather_rows(self.accelerator, contexts)
+    def _inputs(self, batch: Batch) -> Batch:
+        """What the model takes of a batch."""
+        return {name: tensor for name, tensor in batch.items() if not name.endswith("passage")}
+
+    def _inputs_of_embeddings(self, batch: Batch) -> Batch:
+        """What it takes where only embeddings are wanted."""
+        return self._inputs(batch)
+
+    def _retrieval_gradients(
+        self, queries: Tensor, contexts: Tensor, micro_batches: list[Batch]
+    ) -> RetrievalGradients:
+        """The loss over the global batch, from this rank's embeddings of its micro-batches."""
+        all_queries, first = gather_rows(self.accelerator, queries.float())
+        all_contexts, first_context = gather_rows(self.accelerator, contexts.float())
+        own, before = [], first_context
+        for batch in micro_batches:
+            rows = len(batch["context_input_ids"])
+            places = batch.get("context_first_rows")
+            own.append(before + (torch.arange(rows, device=queries.device) if places is None else places))
+            before += rows
+        all_own, _ = gather_rows(self.accelerator, torch.cat(own))
+        excluded = None
+        if "passage" in micro_batches[0]:
+            passage, context_passage = (
+                gather_rows(self.accelerator, torch.cat([batch[name] for batch in micro_batches]))[0]
+                for name in ("passage", "context_passage")
+            )
+            excluded = repeated_candidates(passage, context_passage, all_own)
         with torch.enable_grad():
             all_queries.requires_grad_()
             all_contexts.requires_grad_()
-            loss = in_batch_retrieval_loss(all_queries, all_contexts)
+            scores = retrieval_scores(all_queries, all_contexts) / self.temperature
+            if excluded is not None:
+                scores = scores.masked_fill(excluded, -torch.inf)
+            loss = cross_entropy(scores, all_own)
             by_queries, by_contexts = torch.autograd.grad(loss, (all_queries, all_contexts))
-        own = slice(first, first + len(queries))
-        return RetrievalGradients(loss.detach(), by_queries[own], by_contexts[own])
+        accuracy = (scores.detach().argmax(dim=1) == all_own).float().mean()
+        of_rank, contexts_of_rank = (
+            slice(first, first + len(queries)),
+            slice(first_context, first_context + len(contexts)),
+        )
+        return RetrievalGradients(loss.detach(), accuracy, by_queries[of_rank], by_contexts[contexts_of_rank])
+
+
+class InverseClozeObjective(RetrievalObjective):
+    """MLM and ICT."""
+
+    def weights(self, batch: Batch) -> dict[str, int]:
+        """As in `Objective.weights`; the masked tokens are those of query and context."""
+        masked = int((batch["labels"] != IGNORE).sum() + (batch["context_labels"] != IGNORE).sum())
+        return {"mlm": masked, **super().weights(batch)}
+
+    def _inputs_of_embeddings(self, batch: Batch) -> Batch:
+        """With no token to be predicted: the MLM head, which the embeddings do not need, has nothing to do."""
+        return {
+            name: torch.full_like(tensor, IGNORE) if name.endswith("labels") else tensor
+            for name, tensor in batch.items()
+        }
 
 
 class ReadingObjective(Objective):
@@ -204,19 +287,42 @@ class ReadingObjective(Objective):
         return self._share(terms, step), {**terms, **self._routing_terms(outputs, batch)}
 
 
-def _without_labels(batch: Batch) -> Batch:
-    """The batch with no token to be predicted: the MLM head, which the embeddings do not need, has nothing to do."""
+def with_context(batch: Batch, input_ids: Tensor, passage: int) -> Batch:
+    """The batch with one more context, [length], which is that passage."""
+    ids, mask = batch["context_input_ids"], batch["context_attention_mask"]
+    # An array of one row more: what lies behind the passage is masked, whatever it is.
+    row = pad(input_ids, (0, ids.shape[1] - len(input_ids))).to(ids)
+    seen = (torch.arange(ids.shape[1], device=ids.device) < len(input_ids)).to(mask)
+    first_rows = batch.get("context_first_rows", torch.arange(len(ids), device=ids.device))
     return {
-        name: torch.full_like(tensor, IGNORE) if name.endswith("labels") else tensor for name, tensor in batch.items()
+        **batch,
+        "context_input_ids": torch.cat([ids, row[None]]),
+        "context_attention_mask": torch.cat([mask, seen[None]]),
+        "context_passage": torch.cat([batch["context_passage"], batch["context_passage"].new_tensor([passage])]),
+        "context_first_rows": first_rows,
     }
 
 
+def repeated_candidates(passage: Tensor, context_passage: Tensor, own: Tensor) -> Tensor:
+    """Which contexts are no candidates of a query, because their passage is one already, [queries, contexts].
+
+    Args:
+        passage: the number of each query's own passage, [queries].
+        context_passage: of each context, [contexts].
+        own: the context that is each query's own, [queries]; it is a candidate, and no other of its passage is.
+    """
+    same = context_passage[:, None] == context_passage[None, :]
+    occurred_before = same.tril(diagonal=-1).any(dim=1)
+    excluded = (context_passage[None, :] == passage[:, None]) | occurred_before[None, :]
+    return excluded.scatter(1, own[:, None], False)
+
+
 def gather_rows(accelerator: Accelerator, rows: Tensor) -> tuple[Tensor, int]:
-    """The float32 rows [rows, hidden] of all ranks, in order of rank, and where this rank's own begin.
+    """The rows [rows, ...] of all ranks, in order of rank, and where this rank's own begin.
 
     Ranks may have different numbers of rows.
     """
-    rows = rows.detach().float()
+    rows = rows.detach()
     counts = accelerator.gather(torch.tensor([len(rows)], device=rows.device)).tolist()
     padded = accelerator.pad_across_processes(rows, dim=0)
     by_rank = accelerator.gather(padded).split(max(counts))

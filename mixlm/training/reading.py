@@ -11,19 +11,9 @@ import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from ..data.corpus import load_splits
 from ..data.particles import require_kiwi
 from ..data.reading import Predictions, ReadingWindows, predictions_of
-from ..data.squad import (
-    ReadingData,
-    ReadingExample,
-    SkippedAnswer,
-    count_unanswerable,
-    read_rows,
-    read_squad,
-    select_articles,
-    split_by_article,
-)
+from ..data.squad import ReadingExample
 from ..errors import UserError
 from ..evaluation.reading import (
     korquad_v1,
@@ -39,8 +29,7 @@ from ..evaluation.reading_errors import error_kind
 from ..evaluation.reading_report import JudgedQuestion
 from ..reader import Decoding, MixLMReader, WindowScores, in_order, scores_by_window
 from ..tokenization import answers_on_token_borders
-from .arguments import TrainingArguments
-from .run import SKIPPED_FILE
+from .fine_tuning import FineTuningArguments
 
 HANGUL = re.compile("[가-힣\u1100-\u11ff]")  # syllables, and their letters in decomposed text
 METRICS = {"korquad_v1": korquad_v1, "squad_v1": squad_v1}
@@ -48,7 +37,7 @@ ANSWER_SCORES = {"korquad_v1": (score_korquad_v1, normalize_korquad), "squad_v1"
 
 
 @dataclass
-class ReadingArguments(TrainingArguments):
+class ReadingArguments(FineTuningArguments):
     """What `run_mrc.py` takes beside that."""
 
     best_metric: ClassVar[str | None] = "f1"
@@ -58,56 +47,7 @@ class ReadingArguments(TrainingArguments):
         *("max_seq_length", "doc_stride", "max_query_length", "n_best_size", "max_answer_length", "korean_particles"),
     )
 
-    # Not as in pretraining
-    model_name: str | None = field(
-        default=None, metadata={"help": "Name of the run; its folder is output_dir/model_name. None = output_dir."}
-    )
-    learning_rate: float = field(default=5e-5, metadata={"help": "Peak learning rate of AdamW."})
-    num_steps: int | None = field(
-        default=None, metadata={"help": "Optimizer steps to train. None = by num_train_epochs."}
-    )
-    warmup_steps: int | None = field(
-        default=None, metadata={"help": "Steps in which the learning rate rises from 0. None = by warmup_ratio."}
-    )
-    num_train_epochs: float = field(default=3.0, metadata={"help": "How often to go through the data."})
-    warmup_ratio: float = field(
-        default=0.1,
-        metadata={"help": "Share of the steps in which the learning rate rises, unless warmup_steps says."},
-    )
-    eval_steps: int | None = field(
-        default=None,
-        metadata={"help": "Steps between two evaluations. 0 = only at the end. None = once an epoch."},
-    )
-    seeds: list[int] | None = field(
-        default=None,
-        metadata={"help": "Train once for each of these seeds, in output_dir/seed-N, and report mean and deviation."},
-    )
-
-    # Model and data
-    model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Folder or Hub name of a pretrained model of any head. Required."}
-    )
-    tokenizer: str | None = field(default=None, metadata={"help": "Folder or Hub name. None = the model's."})
-    train_file: list[str] | None = field(
-        default=None,
-        metadata={"help": "SQuAD-style .json, or .jsonl with SQuAD's columns, also .gz or .xz; files or folders."},
-    )
-    validation_file: list[str] | None = field(
-        default=None, metadata={"help": "As train_file. None = articles of train_file that are not trained on."}
-    )
     predict_file: list[str] | None = field(default=None, metadata={"help": "Questions to answer, as train_file."})
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "Instead of files: a `datasets` name with SQuAD's columns."}
-    )
-    train_articles: str | None = field(
-        default=None, metadata={"help": "Train on these articles of train_file alone, such as 0:110."}
-    )
-    validation_articles: str | None = field(
-        default=None, metadata={"help": "Evaluate on these articles, such as 110:140."}
-    )
-    validation_split: float = field(
-        default=0.1, metadata={"help": "Share of the articles to evaluate on, where nothing else says which."}
-    )
     version_2_with_negative: bool = field(
         default=False, metadata={"help": "Some questions have no answer, as in SQuAD 2.0."}
     )
@@ -145,10 +85,6 @@ class ReadingArguments(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.model_name_or_path is None:
-            raise UserError("--model_name_or_path is missing; give a pretrained model's folder or Hub name")
-        if self.dataset_name is not None and self.train_file is not None:
-            raise UserError(f"--train_file and --dataset_name={self.dataset_name}: give one of them")
         if not (self.dataset_name or self.train_file or self.validation_file or self.predict_file):
             raise UserError("no questions: give --train_file, --validation_file, --predict_file or --dataset_name")
         if not (self.do_train or self.do_eval or self.do_predict):
@@ -159,14 +95,6 @@ class ReadingArguments(TrainingArguments):
         self.require(has_questions or not self.do_predict, "do_predict", "left out without predict_file")
         if self.version_2_with_negative:
             self.best_metric = "best_f1"
-        self.require(self.num_train_epochs > 0, "num_train_epochs", "above 0")
-        self.require(0 <= self.warmup_ratio < 1, "warmup_ratio", "at least 0 and below 1")
-        self.require(0 < self.validation_split < 1, "validation_split", "between 0 and 1")
-        self.require(self.tokens_per_step is None, "tokens_per_step", "left out: the number of steps depends on rows")
-        says_when = self.num_steps is not None and self.eval_steps is not None
-        is_known = self.train_batch_size > 0 or self.effective_batch_size is not None or says_when
-        rule = "above 0, unless effective_batch_size, or num_steps and eval_steps, are given"
-        self.require(is_known, "train_batch_size", rule)
         for name in ("n_best_size", "max_answer_length"):
             self.require(getattr(self, name) >= 1, name, "at least 1")
         is_open = self.do_train and self.do_eval and not self.korean_particles
@@ -174,123 +102,6 @@ class ReadingArguments(TrainingArguments):
         self.require(is_open or not self.tune_decoding, "tune_decoding", rule)
         if self.korean_particles or self.tune_decoding:
             require_kiwi()
-        if self.seeds is not None:
-            are_seeds = all(0 <= seed < 2**32 for seed in self.seeds)
-            are_distinct = len(set(self.seeds)) == len(self.seeds) > 0
-            self.require(are_seeds and are_distinct, "seeds", "one or more different numbers from 0 to 4294967295")
-            self.require(self.resume in ("auto", "never"), "resume", "auto or never with seeds")
-
-    def fit_schedule(self, training_windows: int, processes: int) -> None:
-        """Set num_steps, warmup_steps and eval_steps, where they are to follow from the data.
-
-        Args:
-            training_windows: rows of an epoch.
-            processes: that share a step.
-        """
-        rows = self.effective_batch_size or self.train_batch_size * self.gradient_accumulation_steps * processes
-        if rows:  # otherwise it is said when to end, and when to evaluate
-            steps_per_epoch = max(1, training_windows // rows)
-            if self.max_steps_per_epoch is not None:
-                steps_per_epoch = min(steps_per_epoch, self.max_steps_per_epoch)
-        if self.num_steps is None:
-            self.num_steps = max(1, round(self.num_train_epochs * steps_per_epoch))
-        if self.scheduler_num_steps is None:
-            self.scheduler_num_steps = self.num_steps
-        if self.warmup_steps is None:
-            self.warmup_steps = int(self.warmup_ratio * self.scheduler_num_steps)
-        if self.eval_steps is None:
-            self.eval_steps = steps_per_epoch
-        self.check_schedule()
-
-
-@dataclass(frozen=True)
-class Questions:
-    """What a run trains and is evaluated on.
-
-    Args:
-        training, validation: questions; none in common.
-        skipped: answers that cannot be learned from.
-        notes: lines that the user should see.
-    """
-
-    training: list[ReadingExample]
-    validation: list[ReadingExample]
-    skipped: list[SkippedAnswer]
-    notes: list[str]
-
-
-def read_questions(arguments: ReadingArguments) -> Questions:
-    """The questions that the arguments name.
-
-    Validation questions are those of `validation_file`, or of the dataset's split of that name, or else articles of
-    the training data that are not trained on.
-
-    Raises:
-        UserError: a file is wrong; a range of articles is empty or trained on; nothing can be learned from; there is
-            nothing to tune the decoding on.
-    """
-    data, held_out = None, None
-    if arguments.dataset_name is not None:
-        splits = load_splits(arguments.dataset_name)
-        data = read_rows(splits["train"], arguments.dataset_name) if "train" in splits else None
-        held_out = read_rows(splits["validation"], arguments.dataset_name) if "validation" in splits else None
-    if arguments.train_file is not None:
-        data = read_squad(arguments.train_file)
-    if arguments.validation_file is not None:
-        held_out = read_squad(arguments.validation_file)
-    training = [] if data is None else data.examples
-    if held_out is not None:
-        validation = held_out.examples
-        if arguments.validation_articles is not None:
-            validation = select_articles(validation, arguments.validation_articles)
-        if arguments.train_articles is not None:
-            training = select_articles(training, arguments.train_articles)
-    else:
-        training, validation = _split(training, arguments)
-    parts = [part for part in (data, held_out) if part is not None]
-    notes = [note for part in parts for note in _notes(part)]
-    if not arguments.version_2_with_negative and (unanswerable := count_unanswerable(training + validation)):
-        notes.append(
-            f"{unanswerable:,} questions have no answer and are left out; --version_2_with_negative uses them"
-        )
-        training, validation = ([each for each in part if not each.is_impossible] for part in (training, validation))
-    for name, part in (("train", training if arguments.do_train else [1]), ("evaluate", validation)):
-        if not part:
-            raise UserError(f"no question to {name} on is left; is --version_2_with_negative missing?")
-    if arguments.tune_decoding and not count_korean(validation):
-        raise UserError("--tune_decoding: no text to evaluate on is Korean; leave it out")
-    return Questions(training, validation, [each for part in parts for each in part.skipped], notes)
-
-
-def _split(
-    examples: list[ReadingExample], arguments: ReadingArguments
-) -> tuple[list[ReadingExample], list[ReadingExample]]:
-    """Training and validation articles of one data set."""
-    chosen, held_out = arguments.train_articles, arguments.validation_articles
-    if held_out is None:
-        return split_by_article(
-            examples if chosen is None else select_articles(examples, chosen), arguments.validation_split, seed=0
-        )
-    validation = select_articles(examples, held_out)
-    articles = {example.article for example in validation}
-    if chosen is None:
-        return [example for example in examples if example.article not in articles], validation
-    training = select_articles(examples, chosen)
-    if common := sorted(articles & {example.article for example in training}):
-        raise UserError(
-            f"--train_articles={chosen} and --validation_articles={held_out}: article {common[0]} is in both; what is "
-            "trained on says nothing in an evaluation"
-        )
-    return training, validation
-
-
-def _notes(data: ReadingData) -> list[str]:
-    notes = []
-    if data.repaired_answers:
-        notes.append(f"{data.repaired_answers:,} answers stood elsewhere in their context than the file says")
-    if data.skipped:
-        notes.append(f"{len(data.skipped):,} answers are not in their context and are skipped: {SKIPPED_FILE}")
-    return notes
 
 
 def window_scores(

@@ -30,6 +30,7 @@ SKIPPED_FILE = "skipped_answers.jsonl"
 REMOVED_BY_A_NEW_RUN = (
     "tensorboard",
     "reader.json",
+    "encoder.json",
     "predictions.json",
     "nbest_predictions.json",
     "null_odds.json",

@@ -170,7 +170,8 @@ def test_a_table_compares_with_its_first_line(tmp_path):
         "| other | 2 | 2k | 5.100 ± 0.849 | -0.400 ± 0.141 | 50.0% | 100.0% |",
     ]
     some = report.markdown(report.lines_of(file, results[:1])).splitlines()[2:]
-    assert [row.split("|")[2].strip() for row in some] == ["1 of 2", "0 of 2"]
+    assert some == ["| base | 1 | 2k | 5.000 |  | 50.0% | 100.0% |", "", "1 of 4 runs are made."]
+    assert report.markdown(report.lines_of(file, [])) == "Not run yet.\n"
 
 
 def test_the_page_shows_the_kept_results():

@@ -236,6 +236,23 @@ def test_collate_pads_each_field_in_its_own_way():
     assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
 
 
+def test_collate_makes_a_row_of_each_text_of_a_list():
+    examples = [
+        {"context_input_ids": [np.array([4, 5]), np.array([6])], "number": [1, 2], "order": 7},
+        {"context_input_ids": [np.array([7, 8, 9])], "number": [3], "order": 8},
+        {"context_input_ids": [np.array([4]), np.array([5])], "number": [4, 5], "order": 9},
+    ]
+    batch = collate(examples, pad_token_id=50)
+    assert {field: tensor.tolist() for field, tensor in batch.items()} == {
+        "context_input_ids": [[4, 5, 50], [6, 50, 50], [7, 8, 9], [4, 50, 50], [5, 50, 50]],
+        "context_attention_mask": [[1, 1, 0], [1, 0, 0], [1, 1, 1], [1, 0, 0], [1, 0, 0]],
+        "context_first_rows": [0, 2, 3],
+        "number": [1, 2, 3, 4, 5],
+        "order": [7, 8, 9],
+    }
+    assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
+
+
 class NumberedExamples(Dataset):
     """Examples that tell their key."""
 

@@ -5,6 +5,7 @@ Importable by the ranks of tests with several processes; conftest makes fixtures
 
 import math
 import os
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,23 +16,39 @@ from torch.utils.data import Dataset
 
 import mixlm
 from mixlm.data.batching import LengthBucketedBatches, collate, training_batches
+from mixlm.data.retrieval import EMPTY_PASSAGE
 from mixlm.training.arguments import TrainingArguments
 from mixlm.training.checkpoint import checkpoints_in, read_state
 from mixlm.training.loop import train
-from mixlm.training.objectives import InverseClozeObjective, ReadingObjective, SentenceOrderObjective
+from mixlm.training.objectives import (
+    InverseClozeObjective,
+    ReadingObjective,
+    RetrievalObjective,
+    SentenceOrderObjective,
+)
 from mixlm.training.report import Curves, read_curves
 from mixlm.training.run import prepare_run
 
 VOCABULARY = 40
 MASK, FIRST_WORD = 4, 5
 ROWS_PER_STEP = 8
-OBJECTIVES = {"SOP": SentenceOrderObjective, "ICT": InverseClozeObjective, "reading": ReadingObjective}
+PASSAGES = 12  # so that those of a step repeat
+EMPTY_PASSAGE_IDS = torch.tensor([2, 3])
+OBJECTIVES = {
+    "SOP": SentenceOrderObjective,
+    "ICT": InverseClozeObjective,
+    "reading": ReadingObjective,
+    "retrieval": partial(RetrievalObjective, temperature=0.5, empty_passage=EMPTY_PASSAGE_IDS),
+}
 CONFIGURATIONS = {
     "mixlm": (mixlm.MixLMConfig, {"kernel_size": 5, "n_experts": 2, "num_heads": 2}),
     "switch": (mixlm.MixLMSwitchConfig, {"n_experts": 3, "num_heads": 2}),
 }
 PRETRAINING = {"mixlm": mixlm.MixLMForPreTraining, "switch": mixlm.MixLMSwitchForPreTraining}
-READING = {"mixlm": mixlm.MixLMForQuestionAnswering, "switch": mixlm.MixLMSwitchForQuestionAnswering}
+FINE_TUNING = {
+    "reading": {"mixlm": mixlm.MixLMForQuestionAnswering, "switch": mixlm.MixLMSwitchForQuestionAnswering},
+    "retrieval": {"mixlm": mixlm.MixLMForRetrieval, "switch": mixlm.MixLMSwitchForRetrieval},
+}
 
 
 def reset_accelerate() -> None:
@@ -56,6 +73,11 @@ class Rows(Dataset):
             token_type_ids = (np.arange(length) >= 3).astype(np.int64)
             answer = {"start_positions": start, "end_positions": start + 1}
             return {"input_ids": input_ids, "token_type_ids": token_type_ids, **answer, "window": key[1]}
+        if self.task == "retrieval":
+            passages = self._passages(random)
+            texts = [passage_ids(number) for number in passages]
+            passage = {"passage": passages[0], "context_input_ids": texts, "context_passage": passages}
+            return {"input_ids": input_ids, **passage}
         if self.task == "ICT":
             context_input_ids, context_labels = self._text(random, int(random.integers(6, 16)))
             return {
@@ -74,6 +96,12 @@ class Rows(Dataset):
         }
 
     @staticmethod
+    def _passages(random: np.random.Generator) -> list[int]:
+        """The number of a question's own passage, sometimes the empty one, and those of up to two hard negatives."""
+        passages = random.permutation(PASSAGES)[: int(random.integers(1, 4))].tolist()
+        return [EMPTY_PASSAGE, *passages[1:]] if random.random() < 0.2 else passages
+
+    @staticmethod
     def _text(random: np.random.Generator, length: int) -> tuple[np.ndarray, np.ndarray]:
         ids = random.integers(FIRST_WORD, VOCABULARY, length)
         labels = np.full(length, -100)
@@ -83,11 +111,19 @@ class Rows(Dataset):
         return ids, labels
 
 
+def passage_ids(number: int) -> np.ndarray:
+    """Token ids of a passage, wherever it is."""
+    if number == EMPTY_PASSAGE:
+        return EMPTY_PASSAGE_IDS.numpy()
+    random = np.random.default_rng((11, number))
+    return random.integers(FIRST_WORD, VOCABULARY, int(random.integers(6, 16)))
+
+
 def build_model(family: str = "mixlm", task: str = "SOP", seed: int = 0, **fields):
     """A model of the task whose every part has an effect, in training mode."""
     config_class, family_fields = CONFIGURATIONS[family]
-    model_class = (READING if task == "reading" else PRETRAINING)[family]
-    objective = {} if task == "reading" else {"pretraining_objective": task.lower()}
+    model_class = FINE_TUNING.get(task, PRETRAINING)[family]
+    objective = {} if task in FINE_TUNING else {"pretraining_objective": task.lower()}
     config = config_class(
         **{
             "vocab_size": VOCABULARY,

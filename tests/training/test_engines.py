@@ -83,10 +83,12 @@ def assert_same_bits(found: dict[str, torch.Tensor], expected: dict[str, torch.T
         pytest.param("switch", "SOP", {"ln_pos": 1}, marks=pytest.mark.slow),
         ("mixlm", "reading", {"num_hidden_layers": 4, "layer_group": 2, "shared_parameters": "attention"}),
         pytest.param("switch", "reading", {}, marks=pytest.mark.slow),
+        ("switch", "retrieval", {"two_towers": True}),
+        pytest.param("mixlm", "retrieval", {"layer_group": 2}, marks=pytest.mark.slow),
     ],
     ids=[
         *("mixlm-sop-all", "switch-ict-ffn", "switch-ict-ffn-4", "mixlm-ict-ffn", "switch-sop"),
-        *("mixlm-reading", "switch-reading"),
+        *("mixlm-reading", "switch-reading", "switch-retrieval", "mixlm-retrieval"),
     ],
 )
 @ENGINES

@@ -1,0 +1,211 @@
+"""Passages to search in: JSON lines, tab-separated files, SQuAD-style files, BEIR's folders and corpora.
+
+Text is handed out as its file has it (that of a corpus in NFC). What can be read:
+
+* `.jsonl`: an object a line, with "id" (BEIR: "_id"), "text" and, if there is one, "title".
+* `.tsv`: id, text and, if there is one, title, separated by tabs, as in DPR's psgs_w100.tsv; a header is passed over,
+  and a field in quotation marks is taken out of them.
+* `.json`: as SQuAD has it. Each paragraph is a passage; its id is FILE-ARTICLE-PARAGRAPH, the name of the file without
+  suffixes and two numbers, counted from 0.
+* `.dat`: documents, one sentence a line (`mixlm.data.corpus`), cut into windows of whole sentences. The id is
+  FILE-LINE-WINDOW: the document's first line, counted from 1, and the window's number in it, counted from 0.
+* a folder: its corpus.jsonl, as BEIR has it, or else all `.dat` files in it; FILE is then a path in the folder.
+
+All may be compressed: `.gz` or `.xz`. In a FILE, blanks become underscores.
+"""
+
+import json
+import re
+import textwrap
+from collections.abc import Iterable, Iterator
+from os import PathLike
+from pathlib import Path
+from typing import NamedTuple
+
+from mixlm.data.corpus import corpus_files, numbered_lines, read_documents
+from mixlm.data.squad import COMPRESSED, plain_suffix, read_paragraphs
+from mixlm.errors import UserError
+
+WINDOW_CHARACTERS = 600  # about a paragraph of an encyclopaedia; of Korean, that is less than 512 tokens
+
+_TSV_HEADERS = (["id", "text"], ["id", "text", "title"])
+_QUOTED = re.compile('"((?:[^"]|"")*)"')
+
+
+class Passage(NamedTuple):
+    """A text to be found: its id has no blanks, and no other passage has it; the title may be ""."""
+
+    id: str
+    title: str
+    text: str
+
+
+def read_passages(
+    paths: str | PathLike | Iterable[str | PathLike], *, window_characters: int = WINDOW_CHARACTERS
+) -> Iterator[Passage]:
+    """Stream passages; the forms of files are described at the top of this module.
+
+    Args:
+        paths: a file or folder, or several.
+        window_characters: the longest passage that is cut out of a document of a corpus.
+
+    Returns:
+        The passages, in the order of the files.
+
+    Raises:
+        UserError: a path is wrong; a file cannot be read, has no passage or is not what is wanted; a passage has
+            neither text nor title; an id is empty, has blanks, or occurs twice.
+    """
+    if window_characters < 1:
+        raise UserError(f"windows of {window_characters} characters: must be 1 or more")
+    paths = [paths] if isinstance(paths, str | PathLike) else list(paths)
+    ids = set()
+    for place, passage in _placed_passages(paths, window_characters):
+        _check(passage, place)
+        if passage.id in ids:
+            everything = _placed_passages(paths, window_characters)
+            first = next(other_place for other_place, other in everything if other.id == passage.id)
+            raise UserError(
+                f"{place}: '{passage.id}' is the id of another passage too ({first}); "
+                "give every passage its own, and every file once"
+            )
+        ids.add(passage.id)
+        yield passage
+
+
+def windows(sentences: Iterable[str], max_characters: int) -> Iterator[str]:
+    """Pack consecutive sentences, joined by blanks, greedily into texts of up to `max_characters`.
+
+    A longer sentence is cut, between words where that is possible.
+    """
+    window = ""
+    for sentence in sentences:
+        pieces = [sentence] if len(sentence) <= max_characters else textwrap.wrap(sentence, max_characters)
+        for piece in pieces:
+            if window and len(window) + 1 + len(piece) > max_characters:
+                yield window
+                window = ""
+            window += f" {piece}" if window else piece
+    if window:
+        yield window
+
+
+def _placed_passages(paths: list[str | PathLike], window_characters: int) -> Iterator[tuple[str, Passage]]:
+    """Passages, each with its place for messages: not checked yet."""
+    for path in map(Path, paths):
+        for file in _files(path):
+            name = file.relative_to(path) if path.is_dir() else Path(file.name)
+            found = False
+            for place, passage in _passages_of(file, _without_suffixes(name), window_characters):
+                found = True
+                yield place, passage
+            if not found:
+                raise UserError(f"{file}: the file has no passage; is it whole?")
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise UserError(f"{path}: no such file or folder; give the passages to search in")
+    for suffix in ("", *COMPRESSED):
+        if (beir := path / f"corpus.jsonl{suffix}").is_file():
+            return [beir]
+    return corpus_files(path)
+
+
+def _without_suffixes(name: Path) -> str:
+    """The FILE of an id."""
+    if name.suffix in COMPRESSED:
+        name = name.with_suffix("")
+    return re.sub(r"\s", "_", name.with_suffix("").as_posix())
+
+
+def _passages_of(file: Path, name: str, window_characters: int) -> Iterator[tuple[str, Passage]]:
+    match plain_suffix(file):
+        case ".jsonl":
+            return _json_passages(file)
+        case ".tsv":
+            return _tsv_passages(file)
+        case ".json":
+            return _squad_passages(file, name)
+        case ".dat":
+            return _corpus_passages(file, name, window_characters)
+    raise UserError(
+        f"{file}: not a file of passages; give .jsonl, .tsv, .json (as SQuAD has it) or .dat, also with "
+        f"{' or '.join(COMPRESSED)}, or a folder"
+    )
+
+
+def _json_passages(file: Path) -> Iterator[tuple[str, Passage]]:
+    for place, line in _filled_lines(file):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(
+                f"{place}, column {error.colno}: not JSON: {error.msg}; every line must hold one passage, as an object"
+            ) from error
+        if not isinstance(record, dict):
+            raise UserError(f'{place}: found {line:.40} where {{"id": ..., "title": ..., "text": ...}} is wanted')
+        key = "_id" if "_id" in record else "id"
+        for field in (key, "text"):
+            if field not in record:
+                raise UserError(f'{place}: no "{field}" (found there: {", ".join(record) or "nothing"}); add it')
+        identifier = str(record[key]) if type(record[key]) is int else record[key]
+        passage = Passage(identifier, record.get("title") or "", record["text"])
+        for field, value in zip((key, "title", "text"), passage, strict=True):
+            if not isinstance(value, str):
+                raise UserError(f'{place}: "{field}" is {value!r:.40}; it must be text')
+        yield place, passage
+
+
+def _tsv_passages(file: Path) -> Iterator[tuple[str, Passage]]:
+    for number, (place, line) in enumerate(_filled_lines(file)):
+        fields = [_unquoted(field) for field in line.split("\t")]
+        if number == 0 and fields in _TSV_HEADERS:
+            continue
+        if len(fields) not in (2, 3):
+            raise UserError(f"{place}: {len(fields)} columns where id, text and title are wanted, separated by tabs")
+        identifier, text, title = [*fields, ""][:3]
+        yield place, Passage(identifier, title, text)
+
+
+def _squad_passages(file: Path, name: str) -> Iterator[tuple[str, Passage]]:
+    for paragraph in read_paragraphs(file):
+        place = f"{file}: data[{paragraph.article}].paragraphs[{paragraph.number}]"
+        identifier = f"{name}-{paragraph.article}-{paragraph.number}"
+        yield place, Passage(identifier, paragraph.title, paragraph.context)
+
+
+def _corpus_passages(file: Path, name: str, window_characters: int) -> Iterator[tuple[str, Passage]]:
+    for document in read_documents(file):
+        for number, text in enumerate(windows(document.sentences, window_characters)):
+            yield f"{file}, line {document.line}", Passage(f"{name}-{document.line}-{number}", "", text)
+
+
+def _filled_lines(file: Path) -> Iterator[tuple[str, str]]:
+    """The place and the text of each line that is not blank."""
+    for number, line in numbered_lines(file):
+        if line.strip():
+            yield f"{file}, line {number}", line.rstrip("\r\n")
+
+
+def _unquoted(field: str) -> str:
+    quoted = _QUOTED.fullmatch(field)
+    return quoted[1].replace('""', '"') if quoted else field
+
+
+def _check(passage: Passage, place: str) -> None:
+    if len(passage.id.split()) != 1 or passage.id != passage.id.strip():
+        raise UserError(
+            f"{place}: {passage.id!r:.60} cannot be the id of a passage: it is empty or has a blank in it; use another"
+        )
+    if not passage.text.strip() and not passage.title.strip():
+        raise UserError(f"{place}: the text of passage '{passage.id}' is empty; put it there or remove the passage")
+    try:
+        "".join(passage).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{place}: half of a surrogate pair ({error.object[error.start]!a}), which is no text; "
+            "write the file again from its source"
+        ) from error

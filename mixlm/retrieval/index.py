@@ -1,0 +1,198 @@
+"""The index: a folder that has passages and everything by which they are found.
+
+    passages.arrow     ids, titles and texts
+    lexical/           their terms, as bm25s keeps them
+    dense/             their vectors, as FAISS keeps them, if there are any
+    manifest.json      what it was made from and how, with the hash of each file; written last
+
+An index is whole or absent: it is written beside and renamed, and takes the place of an older one only then. Passages
+that are added, changed or removed need a new one; their vectors, which cost most, do not (`mixlm.retrieval.vectors`).
+"""
+
+import json
+from collections.abc import Iterable
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from .. import __version__
+from ..data.hashing import hash_file
+from ..data.passages import Passage
+from ..errors import UserError, file_error
+from ..files import partial_name, whole_folder, write_whole
+from .analysers import ANALYSERS, Analyser, required
+from .lexical import K1, B, LexicalIndex
+from .passages import StoredPassages, write_passages
+
+if TYPE_CHECKING:
+    from .index_dense import DenseIndex
+    from .vectors import StoredVectors
+
+FORMAT = 1
+
+_MANIFEST = "manifest.json"
+_PASSAGES = "passages.arrow"
+_LEXICAL = "lexical"
+_DENSE = "dense"
+
+
+class Index:
+    """An index that is open for searching.
+
+    Attributes:
+        manifest: what its manifest.json has.
+        passages: what is found, by row.
+        lexical: finds them by common terms.
+        dense: finds them by their vectors, if it has them.
+    """
+
+    def __init__(self, folder: Path, manifest: dict[str, Any]):
+        self.folder, self.manifest = folder, manifest
+        self.passages = StoredPassages(folder / _PASSAGES)
+        self.lexical = LexicalIndex.load(folder / _LEXICAL, ANALYSERS[manifest["lexical"]["analyser"]]())
+        self.dense = _dense_index().load(folder / _DENSE) if "dense" in manifest else None
+
+    @property
+    def weight(self) -> float | None:
+        """The weight of the dense scores in hybrid search that `store_tuning` has stored, if there is one."""
+        return self.manifest.get("hybrid", {}).get("weight")
+
+    def store_tuning(self, tuning: dict[str, Any]) -> None:
+        """Write how hybrid search is done into the manifest.
+
+        Args:
+            tuning: `weight`, which may be None, and what else is worth knowing of it.
+
+        Raises:
+            UserError: the manifest cannot be written.
+        """
+        self.manifest["hybrid"] = tuning
+        try:
+            write_whole(self.folder / _MANIFEST, _as_json(self.manifest))
+        except OSError as error:
+            raise UserError(f"{self.folder}: the manifest cannot be written ({file_error(error)})") from error
+
+
+def build_index(
+    passages: Iterable[Passage],
+    out: Path,
+    analyser: Analyser,
+    vectors: "StoredVectors | None" = None,
+    kind: str = "exact",
+) -> dict[str, Any]:
+    """Build an index for lexical search, and with vectors also for dense and hybrid search.
+
+    Args:
+        passages: at least one, each with its own id (`mixlm.data.passages.read_passages`, or those of `vectors`).
+        out: the folder; an index that lies there is replaced once the new one is whole.
+        analyser: takes passages apart, and later the questions.
+        vectors: of these passages.
+        kind: of `mixlm.retrieval.index_dense.KINDS`, for the vectors.
+
+    Returns:
+        Its manifest.
+
+    Raises:
+        UserError: `out` holds something else or cannot be written, there is no passage or none has a word, there are
+            too few of them for the kind, or a package is not installed.
+    """
+    _require_replaceable(out)
+    required("bm25s")  # rather than after all passages were read
+    dense_index = _dense_index() if vectors is not None else None
+    try:
+        with whole_folder(out) as partial:
+            reading = tqdm(passages, desc="reading passages", unit=" passages", delay=2)
+            count, passages_hash = write_passages(partial / _PASSAGES, reading)
+            if not count:
+                raise UserError("there is no passage; give at least one")
+            LexicalIndex.build(StoredPassages(partial / _PASSAGES), analyser).save(partial / _LEXICAL)
+            parts = {
+                "passages": {"count": count, "blake2b": passages_hash},
+                "lexical": {"analyser": analyser.name, "k1": K1, "b": B},
+                "libraries": {name: version(name) for name in ("bm25s", *analyser.libraries)},
+            }
+            if vectors is not None:
+                assert count == len(vectors), "vectors of other passages"
+                dense = dense_index.build(vectors.shards(), kind)
+                dense.save(partial / _DENSE)
+                parts["dense"] = _describe(dense, vectors)
+                parts["libraries"]["faiss"] = required("faiss").__version__
+            return _write_manifest(partial, parts)
+    except OSError as error:
+        raise UserError(f"{out}: the index cannot be written there ({file_error(error)})") from error
+
+
+def open_index(folder: Path) -> Index:
+    """Open an index, after a look at each file: all are there and have the content that they were written with.
+
+    Raises:
+        UserError: the folder is no index, is damaged, or was written by another version in another format.
+    """
+    again = "build it again with mixlm index"
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_text("utf-8"))
+        if manifest["format"] != FORMAT:
+            raise UserError(
+                f"{folder}: an index in format {manifest['format']}, while this version has format {FORMAT}; {again}"
+            )
+        hashes = _hashes(folder, manifest["files"])
+        changed = [name for name, wanted in manifest["files"].items() if hashes[name] != wanted]
+        if changed:
+            raise UserError(f"{folder}: {', '.join(changed)} changed since the index was built; {again}")
+        return Index(folder, manifest)
+    except FileNotFoundError as error:
+        raise UserError(f"{folder}: not a whole index ({file_error(error)}); {again}") from error
+    except OSError as error:
+        raise UserError(f"{folder}: the index cannot be read ({file_error(error)})") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder}: {_MANIFEST} is damaged ({error}); {again}") from error
+
+
+def _require_replaceable(out: Path) -> None:
+    """Raise UserError unless there is nothing at `out`, an empty folder, or an index."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: is a file; use another name")
+    names = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    left_over = partial_name(Path(_MANIFEST)).name  # of a killed `store_tuning`
+    is_index = _PASSAGES in names and names <= {_MANIFEST, _PASSAGES, _LEXICAL, _DENSE, left_over}
+    if names and not is_index:
+        raise UserError(f"{out}: exists and is no index; use another name or delete it")
+
+
+def _dense_index() -> type["DenseIndex"]:
+    """Imported late: without vectors FAISS need not be installed."""
+    from .index_dense import DenseIndex
+
+    return DenseIndex
+
+
+def _describe(dense: "DenseIndex", vectors: "StoredVectors") -> dict[str, Any]:
+    description = {
+        **dense.parameters,
+        "dimension": vectors.dimension,
+        "dtype": vectors.dtype,
+        "encoder": vectors.encoder,
+    }
+    return description if description["kind"] == "exact" else {**description, "recall@10": round(dense.recall(), 4)}
+
+
+def _write_manifest(folder: Path, parts: dict[str, Any]) -> dict[str, Any]:
+    """Written last: a folder that has a manifest has everything else."""
+    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    manifest = {"format": FORMAT, "mixlm": __version__, **parts, "files": _hashes(folder, files)}
+    (folder / _MANIFEST).write_text(_as_json(manifest), encoding="utf-8")
+    return manifest
+
+
+def _as_json(manifest: dict[str, Any]) -> str:
+    return json.dumps(manifest, ensure_ascii=False, indent=2)
+
+
+def _hashes(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """Hash of the content of each file, by its name in the folder."""
+    files = {name: folder / name for name in names}
+    size = sum(file.stat().st_size for file in files.values())
+    with tqdm(desc="checking the index", total=size, unit="B", unit_scale=True, delay=2) as progress:
+        return {name: hash_file(file, progress) for name, file in files.items()}

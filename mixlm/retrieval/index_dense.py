@@ -1,0 +1,204 @@
+"""Search by inner products of vectors, kept by FAISS (https://github.com/facebookresearch/faiss).
+
+    vectors.faiss          all vectors, float32
+    finder.faiss           what finds candidates among them; an exact index has none
+
+Both are mapped into memory. Whatever finds the candidates, their scores are inner products with the vectors
+themselves, added up in float64: a question has the same hits and scores in any company, on any number of threads.
+
+* exact: every vector is looked at.
+* hnsw: a graph of neighbours (Malkov and Yashunin, 2016, arXiv:1603.09320). Each vector has M = 32 neighbours, chosen
+  out of efConstruction = 200; a search keeps the best efSearch it has met: 64 for up to 100,000 passages, 128 for up
+  to a million, 256 for more. A graph that several threads have built differs a little from build to build.
+* ivfpq: lists of near vectors, of which a search reads some, and in them codes of dimension / 4 bytes instead of
+  vectors (Jégou, Douze and Schmid, "Product Quantization for Nearest Neighbor Search", 2011). There are about
+  4 * sqrt(passages) lists, and a sixteenth of them is read; four times the hits wanted are found by their codes. For
+  10,000 passages or more: codes are learnt from them.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from ..errors import UserError, one_line
+from .analysers import required
+from .hits import PassageHit, best_hits
+
+faiss = required("faiss")
+
+KINDS = ("exact", "hnsw", "ivfpq")
+FEWEST_FOR_IVFPQ = 10_000
+
+_VECTORS, _FINDER = "vectors.faiss", "finder.faiss"
+_CODE_BITS = 8
+_TRAINING_PER_LIST = (39, 64)  # vectors: fewer than 39 are too few for FAISS
+_CODED_CANDIDATES = 4  # found by their codes, for each hit that is wanted
+_MARGIN = 10  # candidates beyond those that are wanted, so that equal scores at the end are seldom asked for again
+_ROUNDING = 1e-5  # of scores by FAISS, as a share of the best
+_SCORES_AT_ONCE = 1 << 22  # bounds the memory of a search
+_RECALL_DEPTH, _RECALL_SAMPLE = 10, 1000
+
+
+class DenseIndex:
+    """Passages by their vectors.
+
+    Attributes:
+        parameters: the kind, and what FAISS was given.
+    """
+
+    def __init__(self, vectors: "faiss.IndexFlatIP", finder: "faiss.Index"):
+        self._flat, self._finder = vectors, finder
+
+    @classmethod
+    def build(cls, shards: Iterable[np.ndarray], kind: str) -> "DenseIndex":
+        """Index vectors; all of them are held in memory, as float32, until they are saved.
+
+        Args:
+            shards: vectors [passages, dimension], at least one, float32 or float16.
+            kind: one of `KINDS`.
+
+        Raises:
+            UserError: they are too few for the kind.
+        """
+        index = None
+        for shard in tqdm(shards, desc="indexing vectors", unit=" shards", delay=2):
+            if index is None:
+                index = _new_hnsw(shard.shape[1]) if kind == "hnsw" else faiss.IndexFlatIP(shard.shape[1])
+            index.add(np.ascontiguousarray(shard, dtype=np.float32))
+        if kind == "hnsw":
+            index.hnsw.efSearch = 64 if index.ntotal <= 100_000 else 128 if index.ntotal <= 1_000_000 else 256
+            return cls(faiss.downcast_index(index.storage), index)
+        return cls(index, _build_ivfpq(index) if kind == "ivfpq" else index)
+
+    @classmethod
+    def load(cls, folder: Path) -> "DenseIndex":
+        """What `save` has written, mapped into memory."""
+        vectors = faiss.read_index(str(folder / _VECTORS), faiss.IO_FLAG_MMAP_IFC)
+        if not (folder / _FINDER).is_file():
+            return cls(vectors, vectors)
+        finder = faiss.read_index(str(folder / _FINDER), faiss.IO_FLAG_MMAP_IFC | faiss.IO_FLAG_SKIP_STORAGE)
+        if isinstance(finder, faiss.IndexHNSW):
+            finder.storage, finder.own_fields = vectors, False
+        return cls(vectors, finder)
+
+    def save(self, folder: Path) -> None:
+        """Write it into a folder, which is made.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        folder.mkdir()
+        try:
+            faiss.write_index(self._flat, str(folder / _VECTORS))
+            if not self._is_exact:
+                faiss.write_index(self._finder, str(folder / _FINDER), faiss.IO_FLAG_SKIP_STORAGE)
+        except RuntimeError as error:  # what FAISS has for a full disk, too
+            raise OSError(one_line(error)) from error
+
+    def __len__(self) -> int:
+        return self._flat.ntotal
+
+    @cached_property
+    def vectors(self) -> np.ndarray:
+        """All vectors, [passages, dimension]; to be read only while the index lives."""
+        return faiss.rev_swig_ptr(self._flat.get_xb(), len(self) * self._flat.d).reshape(len(self), self._flat.d)
+
+    @property
+    def parameters(self) -> dict[str, str | int]:
+        finder = self._finder
+        if self._is_exact:
+            return {"kind": "exact"}
+        if isinstance(finder, faiss.IndexHNSW):
+            graph = finder.hnsw
+            sizes = {"efConstruction": graph.efConstruction, "efSearch": graph.efSearch}
+            return {"kind": "hnsw", "M": graph.nb_neighbors(1), **sizes}
+        return {"kind": "ivfpq", "nlist": finder.nlist, "nprobe": finder.nprobe, "M": finder.pq.M, "nbits": _CODE_BITS}
+
+    def search(self, questions: np.ndarray, top_k: int) -> Iterator[list[PassageHit]]:
+        """The best passages for each question, the best first; of equal scores, the one with the smaller row.
+
+        An exact index has no better passages than these, also where many are equal.
+
+        Args:
+            questions: vectors, float32 [questions, dimension].
+            top_k: the most hits of a question; there are never more than passages.
+        """
+        rows_at_once = max(1, _SCORES_AT_ONCE // min(top_k + _MARGIN, len(self)))
+        for first in range(0, len(questions), rows_at_once):
+            batch = np.ascontiguousarray(questions[first : first + rows_at_once], dtype=np.float32)
+            for question, rows in zip(batch, self._candidates(batch, top_k), strict=True):
+                found = rows[rows >= 0]
+                yield best_hits(found, self._scores(question, found), top_k)
+
+    def recall(self) -> float:
+        """How many of the 10 best passages it finds, as a share.
+
+        The questions are vectors of passages, evenly spaced, up to 1,000, each moved into a random direction by half
+        its length. Vectors of real questions may lie elsewhere.
+        """
+        rows = np.linspace(0, len(self) - 1, min(_RECALL_SAMPLE, len(self))).astype(np.int64)
+        vectors = self.vectors[rows]
+        noise = np.random.default_rng(0).standard_normal(vectors.shape)
+        lengths = np.linalg.norm(vectors, axis=1, keepdims=True) / np.linalg.norm(noise, axis=1, keepdims=True)
+        questions = (vectors + 0.5 * lengths * noise).astype(np.float32)
+        found = wanted = 0
+        exact = DenseIndex(self._flat, self._flat)
+        searches = (index.search(questions, _RECALL_DEPTH) for index in (self, exact))
+        for hits, best in zip(*searches, strict=True):
+            found += sum(hit.score >= best[-1].score for hit in hits)  # of equal ones, any will do
+            wanted += len(best)
+        return found / wanted
+
+    @property
+    def _is_exact(self) -> bool:
+        return self._finder is self._flat
+
+    def _candidates(self, questions: np.ndarray, top_k: int) -> np.ndarray:
+        """Rows of passages that may be the best, [questions, candidates]; -1 where there is none."""
+        per_hit = _CODED_CANDIDATES if isinstance(self._finder, faiss.IndexIVF) else 1
+        wanted = min(per_hit * top_k + _MARGIN, len(self))
+        while True:
+            scores, rows = self._finder.search(questions, wanted)
+            if wanted == len(self) or not self._is_exact:
+                return rows
+            # FAISS leaves out any of equal scores, and rounds in ways that depend on the company of a question: the
+            # last of its candidates must be clearly worse than the last hit.
+            gaps = scores[:, top_k - 1] - scores[:, -1]
+            if (gaps > _ROUNDING * np.abs(scores).max(axis=1)).all():
+                return rows
+            wanted = min(2 * wanted, len(self))
+
+    def _scores(self, question: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Inner products, float32 [rows]."""
+        return (self.vectors[rows].astype(np.float64) * question).sum(axis=1).astype(np.float32)
+
+
+def _new_hnsw(dimension: int) -> "faiss.IndexHNSWFlat":
+    index = faiss.IndexHNSWFlat(dimension, 32, faiss.METRIC_INNER_PRODUCT)
+    index.hnsw.efConstruction = 200
+    return index
+
+
+def _build_ivfpq(vectors: "faiss.IndexFlatIP") -> "faiss.IndexIVFPQ":
+    count, dimension = vectors.ntotal, vectors.d
+    if count < FEWEST_FOR_IVFPQ:
+        raise UserError(
+            f"{count:,} passages are too few to learn the codes of IVF-PQ from, it takes {FEWEST_FOR_IVFPQ:,}; "
+            "use an exact index, which is fast for so few"
+        )
+    matrix = DenseIndex(vectors, vectors).vectors
+    fewest, enough = _TRAINING_PER_LIST
+    lists = 2 ** int(math.log2(min(4 * math.sqrt(count), count / fewest)))
+    subvectors = next(number for number in range(max(1, dimension // 4), 0, -1) if dimension % number == 0)
+    index = faiss.IndexIVFPQ(
+        faiss.IndexFlatIP(dimension), dimension, lists, subvectors, _CODE_BITS, faiss.METRIC_INNER_PRODUCT
+    )
+    sample = np.linspace(0, count - 1, min(count, max(enough * lists, FEWEST_FOR_IVFPQ))).astype(np.int64)
+    index.train(matrix[sample])
+    index.add(matrix)
+    index.nprobe = max(1, lists // 16)
+    return index

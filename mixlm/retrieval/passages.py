@@ -1,0 +1,64 @@
+"""Passages in an Arrow file: written in a stream, mapped into memory to be shown. Rows are counted from 0."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+
+import pyarrow as pa
+
+from ..data.passages import Passage
+
+_ROWS_PER_BATCH = 1024  # of the file; what is held in memory while it is written
+_SCHEMA = pa.schema([(field, pa.large_string()) for field in Passage._fields])
+
+
+class StoredPassages:
+    """The passages of an Arrow file by their row."""
+
+    def __init__(self, path: Path):
+        reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        # Of each batch its columns, which are views into the file.
+        self._batches = [reader.get_batch(number).columns for number in range(reader.num_record_batches)]
+        self._length = sum(len(columns[0]) for columns in self._batches)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, row: int) -> Passage:
+        batch, offset = divmod(row, _ROWS_PER_BATCH)
+        return Passage(*(column[offset].as_py() for column in self._batches[batch]))
+
+    def __iter__(self) -> Iterator[Passage]:
+        for columns in self._batches:
+            yield from map(Passage, *(column.to_pylist() for column in columns))
+
+    def id_of_row(self, row: int) -> str:
+        """The id of a passage; faster than all of it."""
+        batch, offset = divmod(row, _ROWS_PER_BATCH)
+        return self._batches[batch][0][offset].as_py()
+
+    @cached_property
+    def row_of_id(self) -> dict[str, int]:
+        """The row of each passage by its id. It is made of the whole file, at the first use."""
+        return {passage.id: row for row, passage in enumerate(self)}
+
+
+def write_passages(path: Path, passages: Iterable[Passage]) -> tuple[int, str]:
+    """Write the file of `StoredPassages`.
+
+    Returns:
+        How many passages there were, and a hash of them that depends on nothing but their content and order.
+    """
+    count, digest = 0, hashlib.blake2b(digest_size=16)
+    remaining = iter(passages)
+    with pa.ipc.new_file(str(path), _SCHEMA) as writer:
+        while batch := list(islice(remaining, _ROWS_PER_BATCH)):
+            count += len(batch)
+            for passage in batch:
+                digest.update(json.dumps(passage, ensure_ascii=False).encode())
+            columns = [pa.array(column, pa.large_string()) for column in zip(*batch, strict=True)]
+            writer.write_batch(pa.record_batch(columns, schema=_SCHEMA))
+    return count, digest.hexdigest()

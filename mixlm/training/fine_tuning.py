@@ -1,0 +1,244 @@
+"""What fine-tuning scripts share: arguments that follow from the data, and questions out of SQuAD-style files."""
+
+import copy
+import json
+import statistics
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from ..data.corpus import load_splits
+from ..data.squad import (
+    ReadingData,
+    ReadingExample,
+    SkippedAnswer,
+    count_unanswerable,
+    read_rows,
+    read_squad,
+    select_articles,
+    split_by_article,
+)
+from ..errors import UserError
+from .arguments import TrainingArguments
+from .run import SKIPPED_FILE, on_main_process
+
+
+@dataclass
+class FineTuningArguments(TrainingArguments):
+    """What every fine-tuning script takes beside that."""
+
+    # Not as in pretraining
+    model_name: str | None = field(
+        default=None, metadata={"help": "Name of the run; its folder is output_dir/model_name. None = output_dir."}
+    )
+    learning_rate: float = field(default=5e-5, metadata={"help": "Peak learning rate of AdamW."})
+    num_steps: int | None = field(
+        default=None, metadata={"help": "Optimizer steps to train. None = by num_train_epochs."}
+    )
+    warmup_steps: int | None = field(
+        default=None, metadata={"help": "Steps in which the learning rate rises from 0. None = by warmup_ratio."}
+    )
+    num_train_epochs: float = field(default=3.0, metadata={"help": "How often to go through the data."})
+    warmup_ratio: float = field(
+        default=0.1,
+        metadata={"help": "Share of the steps in which the learning rate rises, unless warmup_steps says."},
+    )
+    eval_steps: int | None = field(
+        default=None,
+        metadata={"help": "Steps between two evaluations. 0 = only at the end. None = once an epoch."},
+    )
+    seeds: list[int] | None = field(
+        default=None,
+        metadata={"help": "Train once for each of these seeds, in output_dir/seed-N, and report mean and deviation."},
+    )
+
+    # Model and data
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Folder or Hub name of a pretrained model of any head. Required."}
+    )
+    tokenizer: str | None = field(default=None, metadata={"help": "Folder or Hub name. None = the model's."})
+    train_file: list[str] | None = field(
+        default=None,
+        metadata={"help": "SQuAD-style .json, or .jsonl with SQuAD's columns, also .gz or .xz; files or folders."},
+    )
+    validation_file: list[str] | None = field(
+        default=None, metadata={"help": "As train_file. None = articles of train_file that are not trained on."}
+    )
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Instead of files: a `datasets` name with SQuAD's columns."}
+    )
+    train_articles: str | None = field(
+        default=None, metadata={"help": "Train on these articles of train_file alone, such as 0:110."}
+    )
+    validation_articles: str | None = field(
+        default=None, metadata={"help": "Evaluate on these articles, such as 110:140."}
+    )
+    validation_split: float = field(
+        default=0.1, metadata={"help": "Share of the articles to evaluate on, where nothing else says which."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.model_name_or_path is None:
+            raise UserError("--model_name_or_path is missing; give a pretrained model's folder or Hub name")
+        if self.dataset_name is not None and self.train_file is not None:
+            raise UserError(f"--train_file and --dataset_name={self.dataset_name}: give one of them")
+        self.require(self.num_train_epochs > 0, "num_train_epochs", "above 0")
+        self.require(0 <= self.warmup_ratio < 1, "warmup_ratio", "at least 0 and below 1")
+        self.require(0 < self.validation_split < 1, "validation_split", "between 0 and 1")
+        self.require(self.tokens_per_step is None, "tokens_per_step", "left out: the number of steps depends on rows")
+        says_when = self.num_steps is not None and self.eval_steps is not None
+        is_known = self.train_batch_size > 0 or self.effective_batch_size is not None or says_when
+        rule = "above 0, unless effective_batch_size, or num_steps and eval_steps, are given"
+        self.require(is_known, "train_batch_size", rule)
+        if self.seeds is not None:
+            are_seeds = all(0 <= seed < 2**32 for seed in self.seeds)
+            are_distinct = len(set(self.seeds)) == len(self.seeds) > 0
+            self.require(are_seeds and are_distinct, "seeds", "one or more different numbers from 0 to 4294967295")
+            self.require(self.resume in ("auto", "never"), "resume", "auto or never with seeds")
+
+    def fit_schedule(self, rows_of_an_epoch: int, processes: int) -> None:
+        """Set num_steps, warmup_steps and eval_steps, where they are to follow from the data.
+
+        Args:
+            rows_of_an_epoch: how many there are to train on.
+            processes: that share a step.
+        """
+        rows = self.effective_batch_size or self.train_batch_size * self.gradient_accumulation_steps * processes
+        if rows:  # otherwise it is said when to end, and when to evaluate
+            steps_per_epoch = max(1, rows_of_an_epoch // rows)
+            if self.max_steps_per_epoch is not None:
+                steps_per_epoch = min(steps_per_epoch, self.max_steps_per_epoch)
+        if self.num_steps is None:
+            self.num_steps = max(1, round(self.num_train_epochs * steps_per_epoch))
+        if self.scheduler_num_steps is None:
+            self.scheduler_num_steps = self.num_steps
+        if self.warmup_steps is None:
+            self.warmup_steps = int(self.warmup_ratio * self.scheduler_num_steps)
+        if self.eval_steps is None:
+            self.eval_steps = steps_per_epoch
+        self.check_schedule()
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What a run trains and is evaluated on.
+
+    Args:
+        training, validation: questions; none in common.
+        skipped: answers that cannot be learned from.
+        notes: lines that the user should see.
+    """
+
+    training: list[ReadingExample]
+    validation: list[ReadingExample]
+    skipped: list[SkippedAnswer]
+    notes: list[str]
+
+
+def read_questions(arguments: FineTuningArguments, unanswerable_flag: str, is_training: bool = True) -> Questions:
+    """The questions that the arguments name.
+
+    Validation questions are those of `validation_file`, or of the dataset's split of that name, or else articles of
+    the training data that are not trained on.
+
+    Args:
+        arguments: of the run.
+        unanswerable_flag: the argument without which unanswerable questions are left out.
+        is_training: whether there must be some to train on.
+
+    Raises:
+        UserError: a file is wrong; a range of articles is empty or trained on; nothing can be learned from.
+    """
+    data, held_out = None, None
+    if arguments.dataset_name is not None:
+        splits = load_splits(arguments.dataset_name)
+        data = read_rows(splits["train"], arguments.dataset_name) if "train" in splits else None
+        held_out = read_rows(splits["validation"], arguments.dataset_name) if "validation" in splits else None
+    if arguments.train_file is not None:
+        data = read_squad(arguments.train_file)
+    if arguments.validation_file is not None:
+        held_out = read_squad(arguments.validation_file)
+    training = [] if data is None else data.examples
+    if held_out is not None:
+        validation = held_out.examples
+        if arguments.validation_articles is not None:
+            validation = select_articles(validation, arguments.validation_articles)
+        if arguments.train_articles is not None:
+            training = select_articles(training, arguments.train_articles)
+    else:
+        training, validation = _split(training, arguments)
+    parts = [part for part in (data, held_out) if part is not None]
+    notes = [note for part in parts for note in _notes(part)]
+    if not getattr(arguments, unanswerable_flag) and (unanswerable := count_unanswerable(training + validation)):
+        notes.append(f"{unanswerable:,} questions have no answer and are left out; --{unanswerable_flag} uses them")
+        training, validation = ([each for each in part if not each.is_impossible] for part in (training, validation))
+    for name, is_lacking in (("train", is_training and not training), ("evaluate", not validation)):
+        if is_lacking:
+            raise UserError(f"no question to {name} on is left; is --{unanswerable_flag} missing?")
+    return Questions(training, validation, [each for part in parts for each in part.skipped], notes)
+
+
+def _split(
+    examples: list[ReadingExample], arguments: FineTuningArguments
+) -> tuple[list[ReadingExample], list[ReadingExample]]:
+    """Training and validation articles of one data set."""
+    chosen, held_out = arguments.train_articles, arguments.validation_articles
+    if held_out is None:
+        return split_by_article(
+            examples if chosen is None else select_articles(examples, chosen), arguments.validation_split, seed=0
+        )
+    validation = select_articles(examples, held_out)
+    articles = {example.article for example in validation}
+    if chosen is None:
+        return [example for example in examples if example.article not in articles], validation
+    training = select_articles(examples, chosen)
+    if common := sorted(articles & {example.article for example in training}):
+        raise UserError(
+            f"--train_articles={chosen} and --validation_articles={held_out}: article {common[0]} is in both; what is "
+            "trained on says nothing in an evaluation"
+        )
+    return training, validation
+
+
+def _notes(data: ReadingData) -> list[str]:
+    notes = []
+    if data.repaired_answers:
+        notes.append(f"{data.repaired_answers:,} answers stood elsewhere in their context than the file says")
+    if data.skipped:
+        notes.append(f"{len(data.skipped):,} answers are not in their context and are skipped: {SKIPPED_FILE}")
+    return notes
+
+
+def run_seeds(run: Callable[[Any], dict[str, float]], arguments: FineTuningArguments) -> None:
+    """A run for each seed, in a folder of its own; mean and deviation of their metrics are in seeds.json.
+
+    Args:
+        run: makes a run and returns its metrics.
+        arguments: of all of them, but for seed and folder.
+    """
+    found = []
+    for seed in arguments.seeds:
+        own = copy.deepcopy(arguments)
+        own.seed, own.output_dir, own.model_name = seed, str(arguments.run_folder), f"seed-{seed}"
+        found.append(run(own))
+
+    def summarize() -> None:
+        summary = {}
+        for name in found[0]:
+            values = [metrics[name] for metrics in found]
+            mean, deviation = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+            summary[name] = {"mean": mean, "deviation": deviation, "values": values}
+            print(f"  {name:>29}  {mean:,.2f} ± {deviation:.2f}")
+        (arguments.run_folder / "seeds.json").write_text(json.dumps(summary, indent=2) + "\n", "utf-8")
+
+    on_main_process(Accelerator(cpu=not torch.cuda.is_available()), summarize)
+
+
+def write_lines(file: Path, objects: Iterable[dict]) -> None:
+    """Write JSON lines."""
+    file.write_text("".join(json.dumps(each, ensure_ascii=False) + "\n" for each in objects), "utf-8")

@@ -1,0 +1,211 @@
+"""Files of retrieval, the mistakes in them, and `mixlm evaluate`."""
+
+import gzip
+import json
+import lzma
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mixlm.cli import main
+from mixlm.errors import UserError
+from mixlm.evaluation.retrieval import METRICS, ranking
+from mixlm.evaluation.retrieval_files import beir_files, read_qrels, read_queries, read_run, write_run
+
+RUN = "1 Q0 b 1 2.5 system\n1 Q0 a 2 1e-3 system\n\n2\tQ0\ta  1 -4 system\r\n"
+HITS = {"1": [("b", 2.5), ("a", 0.001)], "2": [("a", -4.0)]}
+BEIR_QRELS = "query-id\tcorpus-id\tscore\n1\ta b\t1\n1\tc\t0\n2\ta b\t2\n"
+TREC_QRELS = "1 0 a 1\n1 0 c 0\n2\t0\ta  2\n"
+
+IDS = st.text(st.characters(exclude_categories=("Z", "C")), min_size=1, max_size=4)
+SCORES = st.floats(allow_nan=False, width=32) | st.floats(allow_nan=False)
+
+
+def written(folder: Path, text: str, name: str = "file") -> Path:
+    file = folder / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(text.encode())
+    return file
+
+
+def test_a_run(tmp_path):
+    assert read_run(written(tmp_path, RUN)) == HITS
+
+
+def test_writing_a_run(tmp_path):
+    write_run(tmp_path / "run", {"1": [("a", 0.1), ("b", 3)], "2": []}, tag="bm25")
+    assert (tmp_path / "run").read_text("utf-8") == "1 Q0 b 1 3.0 bm25\n1 Q0 a 2 0.1 bm25\n"
+
+
+@settings(derandomize=True, deadline=None, database=None, max_examples=60)
+@given(hits=st.dictionaries(IDS, st.dictionaries(IDS, SCORES, min_size=1), min_size=1))
+def test_what_is_written_is_read(hits, tmp_path_factory):
+    file = tmp_path_factory.mktemp("run") / "run.trec"
+    hits = {query: list(found.items()) for query, found in hits.items()}
+    write_run(file, hits)
+    found = read_run(file)
+    assert {query: dict(of_query) for query, of_query in found.items()} == {
+        query: dict(of_query) for query, of_query in hits.items()
+    }
+    assert {query: [passage for passage, _ in of_query] for query, of_query in found.items()} == {
+        query: ranking(of_query) for query, of_query in hits.items()
+    }
+
+
+@pytest.mark.parametrize(("suffix", "opened"), [(".gz", gzip.open), (".xz", lzma.open)])
+def test_compressed_files(tmp_path, suffix, opened):
+    file = tmp_path / f"run.trec{suffix}"
+    write_run(file, HITS)
+    with opened(file, "rt", encoding="utf-8") as stream:
+        assert stream.read().startswith("1 Q0 b 1 2.5 mixlm\n")
+    assert read_run(file) == HITS
+
+
+def test_qrels_in_both_forms(tmp_path):
+    assert read_qrels(written(tmp_path, BEIR_QRELS)) == {"1": {"a b": 1, "c": 0}, "2": {"a b": 2}}
+    assert read_qrels(written(tmp_path, TREC_QRELS)) == {"1": {"a": 1, "c": 0}, "2": {"a": 2}}
+    assert read_qrels(written(tmp_path, "1 0 a 1\n1 0 a 1\n")) == {"1": {"a": 1}}
+
+
+def test_queries_in_both_forms(tmp_path):
+    lines = '{"id": "1", "text": "누가\u2028왔나?"}\n{"_id": 2, "text": "When?", "metadata": {}}\n'
+    assert read_queries(written(tmp_path, lines)) == {"1": "누가\u2028왔나?", "2": "When?"}
+
+
+def test_a_beir_folder(tmp_path):
+    expected = (
+        written(tmp_path, "", "corpus.jsonl.gz"),
+        written(tmp_path, "", "queries.jsonl"),
+        written(tmp_path, BEIR_QRELS, "qrels/dev.tsv"),
+    )
+    assert beir_files(tmp_path, "dev") == expected
+    with pytest.raises(UserError, match=r"test\.tsv: no such file \(found there: dev\.tsv\); a BEIR folder has"):
+        beir_files(tmp_path, "test")
+    with pytest.raises(UserError, match=r"corpus\.jsonl: no such file \(found there: nothing\)"):
+        beir_files(tmp_path / "nowhere", "test")
+
+
+@pytest.mark.parametrize(
+    ("read", "text", "message"),
+    [
+        (read_run, "1 Q0 a 1 2.5\n", "line 1: 5 fields, and a hit has six"),
+        (read_run, RUN + "2 Q0 b 1 high x\n", "line 5: the score 'high' is not a number"),
+        (read_run, "1 Q0 a 1 nan x\n", "line 1: the score 'nan' is not a number"),
+        (read_run, RUN + "1 Q0 a 3 0 x\n", "line 5: passage 'a' is a hit of query '1' above too"),
+        (read_run, " \n", "the file has no hits"),
+        (read_qrels, "", "the file has no judgements"),
+        (read_qrels, "1 0 a 1\n1 a 1\n", "line 2: 3 fields, and a judgement has four"),
+        (read_qrels, "1\ta\t1\n", "line 1: 3 fields.* begins with the header query-id corpus-id score"),
+        (read_qrels, "1 0 a 0.5\n", "line 1: the grade '0.5' is not a whole number"),
+        (read_qrels, "1 0 a 1\n1 0 a 2\n", "line 2: passage 'a' has the grade 2 for query '1', and 1 above"),
+        (read_qrels, BEIR_QRELS + "3 0 a 1\n", "line 5: not a query, a passage and a grade, separated by tabs"),
+        (read_qrels, BEIR_QRELS + "3\t\t1\n", "line 5: not a query, a passage and a grade"),
+        (read_qrels, BEIR_QRELS + "3\ta\tyes\n", "line 5: the grade 'yes' is not a whole number"),
+        (read_qrels, "query-id\tcorpus-id\tscore\n", "line 1: no judgement after the header"),
+        (read_queries, "", "the file has no queries"),
+        (read_queries, '{"id": "1", "text": "a"}\n{"id"', "line 2: not JSON: "),
+        (read_queries, '{"id": "1"}', 'line 1: found {"id": "1"} where a query is wanted'),
+        (read_queries, '{"_id": "", "text": "a"}', "line 1: found .* where a query is wanted"),
+        (read_queries, '{"id": "1", "text": " "}', "line 1: found .* where a query is wanted"),
+        (read_queries, '["1", "a"]', "line 1: found .* where a query is wanted"),
+        (
+            read_queries,
+            '{"id": "1", "text": "a"}\n{"_id": "1", "text": "b"}',
+            "line 2: '1' is the id of a query above",
+        ),
+    ],
+)
+def test_mistakes_are_named_with_their_line(tmp_path, read, text, message):
+    with pytest.raises(UserError, match=message) as caught:
+        read(written(tmp_path, text))
+    assert str(caught.value).startswith(str(tmp_path / "file")) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("read", [read_run, read_qrels, read_queries])
+def test_files_that_are_no_text(tmp_path, read):
+    file = tmp_path / "file"
+    file.write_bytes(b"\n" + "가".encode("cp949"))
+    with pytest.raises(UserError, match="file, line 2: byte 0xb0 at offset 1 of the text is not UTF-8"):
+        read(file)
+    with pytest.raises(UserError, match="absent: cannot be read"):
+        read(tmp_path / "absent")
+
+
+def test_a_run_that_cannot_be_written(tmp_path):
+    for hits in ({"a b": [("c", 1.0)]}, {"a": [("", 1.0)]}, {"a": [("b\n", 1.0)]}):
+        with pytest.raises(UserError, match="cannot stand in a TREC run"):
+            write_run(tmp_path / "run", hits)
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(UserError, match="absent/run: cannot be written: No such file"):
+        write_run(tmp_path / "absent" / "run", HITS)
+
+
+def evaluate(*arguments: str | Path) -> None:
+    main(["evaluate", *map(str, arguments)])
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    """Twenty queries for which "good" finds the passage first and "bad" second; one of them it misses."""
+    qrels = "".join(f"{query}\ta\t1\n" for query in range(20))
+    written(tmp_path, "query-id\tcorpus-id\tscore\n" + qrels, "qrels/test.tsv")
+    written(tmp_path, "", "corpus.jsonl")
+    written(tmp_path, "", "queries.jsonl")
+    write_run(tmp_path / "good.trec", {str(query): [("a", 2.0), ("b", 1.0)] for query in range(21)})
+    write_run(tmp_path / "bad.trec", {str(query): [("b", 2.0), ("a", 1.0)] for query in range(19)})
+    return tmp_path
+
+
+def test_evaluate_prints_a_table(data, capsys):
+    evaluate("--hits", data / "bad.trec", "--qrels", data / "qrels" / "test.tsv")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines[:3]] == [
+        ["hits"],
+        ["accuracy@1", "0.00", "%"],
+        ["accuracy@5", "95.00", "%"],
+    ]
+    assert "mrr@10            47.50  %" in "\n".join(lines)
+    assert "missing               1  of them without hits, which score 0" in lines[-3]
+
+
+def test_evaluate_compares(data, capsys):
+    evaluate("--hits", data / "good.trec", "--beir", data, "--compare", data / "bad.trec")
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[0].split() == ["hits", "compare", "difference", "from", "to", "p"]
+    assert printed.splitlines()[1].split()[1:] == ["100.00", "0.00", "+100.00", "+100.00", "+100.00", "0.0001", "%"]
+    assert printed.splitlines()[-1].split()[:3] == ["unjudged", "1", "0"]
+
+
+def test_evaluate_as_json(data, capsys):
+    evaluate("--hits", data / "good.trec", "--beir", data, "--json")
+    found = json.loads(capsys.readouterr().out)
+    assert found.keys() == {"hits"} and found["hits"]["mrr@10"] == 100.0 and found["hits"]["total"] == 20
+    evaluate("--hits", data / "good.trec", "--beir", data, "--compare", data / "bad.trec", "--json")
+    found = json.loads(capsys.readouterr().out)
+    assert found["compare"]["missing"] == 1 and found["difference"].keys() == METRICS.keys()
+    assert found["difference"]["accuracy@5"]["mean"] == pytest.approx(5.0)
+
+
+def test_evaluate_says_what_is_wrong(data, capsys):
+    other = written(data, "x 0 a 1\n", "other.tsv")
+    hits = ["--hits", data / "good.trec"]
+    for arguments, message in [
+        (
+            [*hits, "--qrels", other],
+            f"error: {data}/good.trec: no query is judged in {other} (such as '0' here and 'x'",
+        ),
+        ([*hits, "--qrels", other, "--split", "dev"], "error: --split is for --beir; leave it out\n"),
+        (
+            [*hits, "--beir", data, "--split", "dev"],
+            f"error: {data}/qrels/dev.tsv: no such file (found there: test.tsv)",
+        ),
+        ([*hits], "error: one of the arguments --qrels --beir is required"),
+        (["--hits", other, "--beir", data], f"error: {other}, line 1: 4 fields, and a hit has six"),
+    ]:
+        with pytest.raises(SystemExit) as stopped:
+            evaluate(*arguments)
+        printed = capsys.readouterr()
+        assert stopped.value.code == 2 and printed.out == "" and printed.err.count("\n") == 1
+        assert printed.err.startswith(message)

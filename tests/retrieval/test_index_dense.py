@@ -1,0 +1,138 @@
+"""Search by vectors."""
+
+import numpy as np
+import pytest
+
+from mixlm.errors import UserError
+from mixlm.retrieval import index_dense
+from mixlm.retrieval.index_dense import DenseIndex
+
+
+def clustered(count, dimension=32, clusters=100, seed=0):
+    """Vectors of length 1 around some centres."""
+    random = np.random.default_rng(seed)
+    centres = random.standard_normal((clusters, dimension))
+    vectors = centres[random.integers(clusters, size=count)] + 0.5 * random.standard_normal((count, dimension))
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+
+def build(vectors, kind="exact"):
+    return DenseIndex.build(np.array_split(vectors, 3), kind)
+
+
+def found(index, questions, top_k):
+    return [[tuple(hit) for hit in hits] for hits in index.search(questions, top_k)]
+
+
+def brute_force(vectors, questions, top_k):
+    scores = (questions.astype(np.float64)[:, None] * vectors.astype(np.float64)).sum(axis=2).astype(np.float32)
+    orders = [sorted(range(len(vectors)), key=lambda row: (-of_question[row], row)) for of_question in scores]
+    return [
+        [(row, float(of_question[row])) for row in order[:top_k]]
+        for of_question, order in zip(scores, orders, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("top_k", [1, 7, 300, 10**6])
+def test_exact_search_is_brute_force(top_k):
+    vectors, questions = 3 * clustered(300), clustered(40, seed=1)
+    assert found(build(vectors), questions, top_k) == brute_force(vectors, questions, top_k)
+
+
+@pytest.mark.parametrize("top_k", [1, 3, 40, 99])
+def test_equal_scores_come_in_the_order_of_the_passages_and_the_first_are_kept(top_k):
+    """Many passages have one vector: more than are asked for, and than FAISS is asked for first."""
+    vectors = np.concatenate([clustered(10), *[clustered(5, seed=2)] * 30, -clustered(10)])
+    questions = clustered(30, seed=2)
+    assert found(build(vectors), questions, top_k) == brute_force(vectors, questions, top_k)
+
+
+def test_the_company_of_a_question_changes_nothing(monkeypatch):
+    index, questions = build(clustered(2000)), clustered(50, seed=1)
+    together = found(index, questions, 20)
+    assert [found(index, question[None], 20)[0] for question in questions] == together
+    monkeypatch.setattr(index_dense, "_SCORES_AT_ONCE", 100)
+    assert found(index, questions, 20) == together
+    assert [hits[:5] for hits in together] == found(index, questions, 5)
+
+
+def test_vectors_of_equal_and_zero_scores():
+    vectors = np.zeros((50, 4), np.float32)
+    assert found(build(vectors), np.ones((2, 4), np.float32), 3) == [[(0, 0.0), (1, 0.0), (2, 0.0)]] * 2
+
+
+def test_no_questions():
+    assert found(build(clustered(20)), np.empty((0, 32), np.float32), 5) == []
+
+
+@pytest.fixture(scope="module")
+def approximate():
+    """Each kind over the same 10,000 vectors."""
+    vectors = clustered(10_000)
+    return vectors, {kind: build(vectors, kind) for kind in ("hnsw", "ivfpq")}
+
+
+@pytest.mark.parametrize(("kind", "bound"), [("hnsw", 0.98), ("ivfpq", 0.8)])
+def test_approximate_search_finds_most(approximate, kind, bound):
+    vectors, indexes = approximate
+    index, questions = indexes[kind], clustered(200)
+    exact, hits = found(build(vectors), questions, 10), found(index, questions, 10)
+    for question, each in zip(questions, hits, strict=True):
+        rows, scores = zip(*each, strict=True)
+        np.testing.assert_allclose(scores, vectors[[*rows]] @ question, rtol=1e-5)
+    share = np.mean([len(set(each) & set(best)) / 10 for each, best in zip(hits, exact, strict=True)])
+    assert share >= bound
+    assert index.recall() >= bound
+    assert all(each == sorted(each, key=lambda hit: (-hit[1], hit[0])) for each in hits)
+
+
+def test_an_exact_index_finds_all():
+    assert build(clustered(500)).recall() == 1.0
+
+
+@pytest.mark.parametrize("kind", ["exact", "hnsw", "ivfpq"])
+def test_saved_and_loaded_it_finds_the_same(approximate, kind, tmp_path):
+    vectors, indexes = approximate
+    index = indexes.get(kind) or build(vectors)
+    index.save(tmp_path / "dense")
+    loaded = DenseIndex.load(tmp_path / "dense")
+    questions = clustered(20, seed=3)
+    assert found(loaded, questions, 10) == found(index, questions, 10)
+    assert loaded.parameters == index.parameters and len(loaded) == 10_000
+    np.testing.assert_array_equal(loaded.vectors, vectors)
+    # The vectors are on the disk once.
+    size = sum(file.stat().st_size for file in (tmp_path / "dense").iterdir())
+    assert size < 2 * vectors.nbytes + (10_000 * 65 * 4 if kind == "hnsw" else 0)
+    assert len(found(loaded, questions[:1], 20_000)[0]) <= 10_000
+
+
+def test_the_parameters_follow_the_size(approximate):
+    _, indexes = approximate
+    assert indexes["hnsw"].parameters == {"kind": "hnsw", "M": 32, "efConstruction": 200, "efSearch": 64}
+    assert indexes["ivfpq"].parameters == {"kind": "ivfpq", "nlist": 256, "nprobe": 16, "M": 8, "nbits": 8}
+    assert build(clustered(5)).parameters == {"kind": "exact"}
+
+
+def test_every_build_finds_the_same(approximate):
+    vectors, indexes = approximate
+    questions = clustered(20, seed=3)
+    assert found(build(vectors, "ivfpq"), questions, 10) == found(indexes["ivfpq"], questions, 10)
+
+
+def test_too_few_passages_for_codes_are_refused():
+    with pytest.raises(UserError, match="300 passages are too few .* 10,000; use an exact index"):
+        build(clustered(300), "ivfpq")
+
+
+def test_float16_is_read():
+    vectors = clustered(100).astype(np.float16)
+    assert found(build(vectors), clustered(5, seed=1), 3) == brute_force(vectors, clustered(5, seed=1), 3)
+
+
+def test_what_cannot_be_written_is_an_error_of_the_system(tmp_path, monkeypatch):
+    def full(*arguments):
+        raise RuntimeError("write error in\nfaiss: No space left")
+
+    monkeypatch.setattr(index_dense.faiss, "write_index", full)
+    with pytest.raises(OSError, match="write error in faiss: No space left"):
+        build(clustered(5)).save(tmp_path / "dense")

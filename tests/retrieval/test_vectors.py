@@ -1,0 +1,240 @@
+"""Vectors on the disk: what is kept, what is encoded again, and what is refused."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from mixlm.data.passages import Passage
+from mixlm.encoder import MixLMEncoder
+from mixlm.errors import UserError
+from mixlm.retrieval import vectors as module
+from mixlm.retrieval.vectors import StoredVectors, encode_passages
+
+
+@pytest.fixture
+def encode(retriever, tmp_path, monkeypatch):
+    """Encodes into a folder, two passages a shard; gives the ids of those that had to be encoded."""
+    encoded = []
+    whole = MixLMEncoder.encode_passages
+
+    def counted(self, passages):
+        encoded.extend(passage.id for passage in passages)
+        return whole(self, passages)
+
+    monkeypatch.setattr(MixLMEncoder, "encode_passages", counted)
+
+    def encode(passages, folder="vectors", **options):
+        encoded.clear()
+        assert encode_passages(passages, retriever, tmp_path / folder, passages_per_shard=2, **options) == len(
+            passages
+        )
+        return list(encoded)
+
+    return encode
+
+
+def read(folder):
+    stored = StoredVectors(folder)
+    return list(stored.passages()), np.concatenate(list(stored.shards()))
+
+
+def assert_has(folder, passages, retriever):
+    """The passages, in their order, with the vectors that they have when encoded at once."""
+    found, vectors = read(folder)
+    assert found == passages
+    np.testing.assert_allclose(
+        vectors, MixLMEncoder.from_pretrained(retriever, "cpu").encode_passages(passages), rtol=1e-4, atol=1e-5
+    )
+
+
+def contents(folder):
+    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_every_passage_has_its_vector(encode, passages, retriever, tmp_path):
+    assert encode(passages) == [passage.id for passage in passages]
+    assert_has(tmp_path / "vectors", passages, retriever)
+    stored = StoredVectors(tmp_path / "vectors")
+    assert (len(stored), stored.dimension, stored.dtype) == (7, 16, "float32")
+    assert [len(shard) for shard in stored.shards()] == [2, 2, 2, 1]
+
+
+def test_what_is_there_is_not_encoded_again(encode, passages, tmp_path):
+    encode(passages)
+    before = contents(tmp_path)
+    assert encode(passages) == []
+    assert contents(tmp_path) == before
+
+
+CHANGES = {
+    "added at the end": (lambda p: [*p, Passage("new", "", "산")], ["new"]),
+    "added at the front": (lambda p: [Passage("new", "", "산"), *p], ["new"]),
+    "many added at the front": (
+        lambda p: [*(Passage(f"new{n}", "", f"산 {n}") for n in range(6)), *p],
+        [f"new{n}" for n in range(6)],
+    ),
+    "changed": (lambda p: [*p[:2], p[2]._replace(text="산에 갔다."), *p[3:]], ["school"]),
+    "another title": (lambda p: [p[0]._replace(title="섬"), *p[1:]], ["jeju"]),
+    "removed": (lambda p: [p[0], *p[3:]], []),
+    "moved": (lambda p: p[::-1], []),
+    "other ids": (lambda p: [passage._replace(id=f"{passage.id}-2") for passage in p], []),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_changes_is_encoded_and_nothing_else(encode, passages, retriever, tmp_path, change):
+    encode(passages)
+    changed, expected = CHANGES[change][0](passages), CHANGES[change][1]
+    assert encode(changed) == expected
+    assert_has(tmp_path / "vectors", changed, retriever)
+    assert len(list((tmp_path / "vectors").iterdir())) == 1 + -(-len(changed) // 2)  # nothing of the old ones is left
+
+
+def test_a_run_that_was_killed_goes_on(encode, passages, retriever, tmp_path):
+    program = (
+        "import os, sys; from pathlib import Path; from mixlm.data.passages import Passage\n"
+        "from mixlm.retrieval import vectors\n"
+        "writing, written = vectors.write_passages, []\n"
+        "def write(*arguments):\n"
+        "    written.append(1)\n"
+        "    return writing(*arguments) if len(written) < 3 else os._exit(9)\n"
+        "vectors.write_passages = write\n"
+        f"vectors.encode_passages({passages!r}, sys.argv[1], Path(sys.argv[2]), passages_per_shard=2)"
+    )
+    folder = tmp_path / "vectors"
+    assert subprocess.run([sys.executable, "-c", program, retriever, str(folder)]).returncode == 9
+    with pytest.raises(UserError, match="not all passages are encoded yet; run mixlm encode again"):
+        StoredVectors(folder)
+    assert encode(passages) == ["dogs", "seoul"]  # "again" has the text of "sea", which was written
+    assert_has(folder, passages, retriever)
+    assert not list(folder.glob(".*"))
+
+
+def test_a_run_that_fails_leaves_the_old_vectors(encode, passages, retriever, tmp_path):
+    def failing():
+        yield from [Passage("new", "", "산"), Passage("newer", "", "산 산"), Passage("newest", "", "산 섬")]
+        raise UserError("line 4")
+
+    with pytest.raises(UserError, match="line 4"):
+        encode_passages(failing(), retriever, tmp_path / "absent")
+    assert not (tmp_path / "absent").exists()
+    encode(passages)
+    with pytest.raises(UserError, match="line 4"):
+        encode_passages(failing(), retriever, tmp_path / "vectors", passages_per_shard=1)
+    assert_has(tmp_path / "vectors", passages, retriever)
+    with pytest.raises(UserError, match="there is no passage"):
+        encode([])
+    assert_has(tmp_path / "vectors", passages, retriever)
+
+
+@pytest.mark.parametrize("name", ["vectors.npy", "passages.arrow", "hashes.npy", "shard.json"])
+@pytest.mark.parametrize("damage", [lambda content: content[:-9], lambda content: content[:-1] + b"?", None])
+def test_a_damaged_shard_is_refused_and_mended(encode, passages, retriever, tmp_path, name, damage):
+    encode(passages)
+    shard = next(path for path in (tmp_path / "vectors").iterdir() if path.is_dir())
+    file = shard / name
+    if damage is None:
+        file.unlink()
+    else:
+        file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(UserError, match=f"{shard.name}: .*run mixlm encode again, and it mends the folder"):
+        StoredVectors(tmp_path / "vectors")
+    assert 1 <= len(encode(passages)) <= 2
+    assert_has(tmp_path / "vectors", passages, retriever)
+
+
+def test_vectors_of_another_encoder_are_refused(encode, passages, retriever, other_retriever, tmp_path):
+    encode(passages)
+    before = contents(tmp_path)
+    weights = [MixLMEncoder.from_pretrained(name).fingerprint()["weights"] for name in (retriever, other_retriever)]
+    with pytest.raises(UserError, match=f"weights is {weights[0]} there and {weights[1]} now; use another folder"):
+        encode_passages(passages, other_retriever, tmp_path / "vectors")
+    with pytest.raises(UserError, match="dtype is float32 there and float16 now"):
+        encode(passages, dtype="float16")
+    assert contents(tmp_path) == before
+
+
+def test_several_processes_give_the_same(encode, passages, tmp_path):
+    encode(passages)
+    assert encode(passages, folder="others", processes=2) == []  # not here
+    assert contents(tmp_path / "others") == contents(tmp_path / "vectors")
+
+
+def test_float16(encode, passages, tmp_path):
+    encode(passages)
+    encode(passages, folder="half", dtype="float16")
+    (_, single), (_, half) = read(tmp_path / "vectors"), read(tmp_path / "half")
+    assert half.dtype == np.float16
+    np.testing.assert_allclose(half, single, rtol=1e-3, atol=1e-3)
+
+
+def test_a_vector_that_is_no_number_is_refused(encode, passages, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        MixLMEncoder, "encode_passages", lambda self, passages: np.full((len(passages), 16), 1e6, "f4")
+    )
+    encode(passages)
+    with pytest.raises(UserError, match="'jeju': its vector has what is no number in float16"):
+        encode(passages, folder="half", dtype="float16")
+
+
+def test_few_shards_are_in_memory(encode, passages, tmp_path, monkeypatch):
+    """A passage is not read before those some shards earlier are written."""
+    most = 0
+
+    def stream():
+        nonlocal most
+        for number in range(20):
+            written = 2 * len(list((tmp_path / "vectors").glob("shard-*")))
+            most = max(most, number - written)
+            yield Passage(str(number), "", f"섬 {number}")
+
+    class Stream:
+        def __iter__(self):
+            return stream()
+
+        def __len__(self):
+            return 20
+
+    encode(Stream())
+    assert most <= 2 * 3
+
+
+def test_what_is_no_folder_of_vectors_is_left_alone(encode, passages, retriever, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    for name in ("mine", "mine/notes.txt"):
+        with pytest.raises(UserError, match="exists and has no vectors"):
+            encode(passages, folder=name)
+        with pytest.raises(UserError, match="has no vectors .*make them with mixlm encode"):
+            StoredVectors(tmp_path / name)
+    assert contents(tmp_path / "mine") == {"notes.txt": b"mine"}
+
+
+def test_a_damaged_manifest_is_refused(encode, passages, tmp_path):
+    encode(passages)
+    file = tmp_path / "vectors" / "vectors.json"
+    manifest = json.loads(file.read_text())
+    for text, part in [
+        ("{", "is damaged; use another folder, or delete it"),
+        ("{}", "is damaged"),
+        (json.dumps({**manifest, "shards": 5}), "is damaged"),
+        (json.dumps({name: value for name, value in manifest.items() if name != "dtype"}), "is damaged"),
+        (json.dumps({**manifest, "format": 99}), "is of format 99, this version has 1; use another folder"),
+    ]:
+        file.write_text(text)
+        for act in (lambda: StoredVectors(tmp_path / "vectors"), lambda: encode(passages)):
+            with pytest.raises(UserError, match=part):
+                act()
+
+
+def test_a_process_that_dies_is_one_line(passages, retriever, tmp_path, monkeypatch):
+    class Broken(module.ThreadPoolExecutor):
+        def submit(self, *arguments):
+            raise module.BrokenExecutor
+
+    monkeypatch.setattr(module, "ThreadPoolExecutor", Broken)
+    with pytest.raises(UserError, match="without enough memory; use fewer --processes"):
+        encode_passages(passages, retriever, tmp_path / "vectors")
