@@ -8,7 +8,6 @@ started again, it goes on from its last checkpoint.
 import json
 import math
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -18,6 +17,7 @@ from typing import Any
 
 from accelerate import Accelerator
 from candidates import NEW_MODELS, TRAININGS
+from metering import STEPS_BEFORE_TIMING, TIMED_STEPS, Meter, cost_of_a_step
 from models import PEERS, build_model, parameter_counts
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -47,38 +47,9 @@ HELD_OUT = {"max_seq_length": 64, "masking": "ngram", "seed": 0}
 # Evaluations on the way: a short run has the fewest, a long one the most.
 FEWEST_POINTS, MOST_POINTS, STEPS_OF_A_POINT = 8, 32, 250
 CURVE_EXAMPLES, FINAL_EXAMPLES = 250, 1000
-STEPS_BEFORE_TIMING, TIMED_STEPS, TIMING_ROUNDS = 5, 25, 3
 EPOCHS_OF_A_STAGE = 1000  # more than there are
+MORE_STEPS_THAN_ARE_TIMED = 1 + STEPS_BEFORE_TIMING + TIMED_STEPS
 DOCUMENTS_TO_MEASURE = 1000
-
-
-class Meter:
-    """CPU time and tokens of training steps, without what lies between them.
-
-    Args:
-        seconds, tokens: of the steps before.
-    """
-
-    def __init__(self, seconds: float = 0.0, tokens: int = 0):
-        self.seconds, self.tokens = seconds, tokens
-        self.started: float | None = None
-
-    def over(self, steps: Iterator[tuple[Position, list[Batch]]]) -> Iterator[tuple[Position, list[Batch]]]:
-        """The same steps, counted."""
-        self.resume()
-        for position, micro_batches in steps:
-            self.tokens += sum(int(batch["attention_mask"].sum()) for batch in micro_batches)
-            yield position, micro_batches
-
-    def pause(self) -> None:
-        """Stop the clock."""
-        if self.started is not None:
-            self.seconds += time.process_time() - self.started
-        self.started = None
-
-    def resume(self) -> None:
-        """Let the clock go on."""
-        self.started = time.process_time()
 
 
 class StagedBatches:
@@ -147,6 +118,7 @@ def train_once(
             NEW_MODELS[name](model, unigram)
     batches = StagedBatches(stages, done)
     with ExitStack() as trainings:
+        trainings.callback(accelerator.end_training)
         for name in candidates:
             if name in TRAININGS:
                 trainings.enter_context(TRAININGS[name]())
@@ -158,7 +130,6 @@ def train_once(
             accelerator,
             evaluate=lambda engine: evaluate(engine, accelerator),
         )
-    accelerator.end_training()
     return model, last.metrics
 
 
@@ -166,34 +137,6 @@ def open_training_corpus(arguments: PretrainingArguments, tokenizer: PreTrainedT
     """The corpus as run_pretraining.py opens it."""
     longest = arguments.max_seq_length - SentenceOrderExamples.special_tokens
     return open_corpus(arguments.corpus_path, tokenizer, max_sentence_length=longest)
-
-
-def cost_of_a_step(
-    specification: dict[str, Any], folder: Path, tokenizer: PreTrainedTokenizerBase
-) -> tuple[float, float]:
-    """CPU seconds and tokens of a step, as measured when the run was first begun.
-
-    A busy machine makes CPU time longer, by a third and more, but never shorter: the same steps are timed several
-    times, and the shortest time counts.
-    """
-    file = folder / "cost_of_a_step.json"
-    if not file.is_file():
-        rounds = []
-        for _ in range(TIMING_ROUNDS):
-            meter, marks = Meter(), []
-
-            def mark(engine: Engine, accelerator: Accelerator, meter=meter, marks=marks) -> dict[str, float]:
-                meter.pause()
-                marks.append((meter.seconds, meter.tokens))
-                meter.resume()
-                return {}
-
-            steps = {"num_steps": STEPS_BEFORE_TIMING + TIMED_STEPS, "eval_steps": STEPS_BEFORE_TIMING}
-            arguments = arguments_of(specification, folder, "timing", overwrite_output_dir=True, save_steps=0, **steps)
-            train_once(arguments, specification, tokenizer, meter, mark)
-            rounds.append([(end - start) / TIMED_STEPS for start, end in zip(marks[0], marks[-1], strict=True)])
-        file.write_text(json.dumps(min(rounds)))
-    return tuple(json.loads(file.read_text()))
 
 
 def number_of_steps(specification: dict[str, Any], cost: Callable[[], tuple[float, float]]) -> int:
@@ -229,7 +172,18 @@ def train_one(specification: dict[str, Any], folder: Path) -> dict[str, Any]:
     )
     corpus = open_training_corpus(held_out_arguments, tokenizer)
     unigram = unigram_log_probabilities(corpus.token_counts)
-    steps = number_of_steps(specification, lambda: cost_of_a_step(specification, folder, tokenizer))
+    timing = {"num_steps": MORE_STEPS_THAN_ARE_TIMED, "overwrite_output_dir": True, "save_steps": 0}
+
+    def train_to_time(timing_meter: Meter) -> None:
+        train_once(
+            arguments_of(specification, folder, "timing", **timing),
+            specification,
+            tokenizer,
+            timing_meter,
+            lambda *_: {},
+        )
+
+    steps = number_of_steps(specification, lambda: cost_of_a_step(train_to_time, folder / "cost_of_a_step.json"))
 
     number_of_points = min(max(steps // STEPS_OF_A_POINT, FEWEST_POINTS), MOST_POINTS)
     point_steps = max(1, steps // number_of_points)

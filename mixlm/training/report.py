@@ -21,6 +21,8 @@ PANELS = (
     ("second objective: loss (nats)", ("train/sop_loss", "train/ict_loss")),
     ("reading: loss (nats)", ("train/reading_loss",)),
     ("reading: held-out EM and F1 (%)", ("eval/exact_match", "eval/f1")),
+    ("retrieval: held-out MRR@10 and accuracy (%)", ("eval/mrr@10", "eval/accuracy@1", "eval/accuracy@10")),
+    ("in-batch retrieval accuracy", ("train/ict_accuracy",)),
     ("held-out accuracy", ("eval/mlm_accuracy", "eval/sop_accuracy", "eval/ict_recall@1")),
     ("learning rate", ("train/lr",)),
     ("gradient norm", ("train/grad_norm",)),

@@ -17,6 +17,7 @@ FOLDER = Path(__file__).parents[2] / "benchmarks" / "learning"
 sys.path.insert(0, str(FOLDER))
 
 import candidates
+import metering
 import models
 import report
 import study
@@ -193,8 +194,8 @@ def test_curves_are_drawn(tmp_path):
 
 def test_the_meter_counts_steps_and_not_what_lies_between(monkeypatch):
     now = SimpleNamespace(seconds=0.0)
-    monkeypatch.setattr(train_one.time, "process_time", lambda: now.seconds)
-    meter = train_one.Meter(seconds=100.0, tokens=1000)
+    monkeypatch.setattr(metering.time, "process_time", lambda: now.seconds)
+    meter = metering.Meter(seconds=100.0, tokens=1000)
     batch = {"attention_mask": torch.tensor([[1, 1, 0]])}
     for number, _ in enumerate(meter.over(iter([(Position(), [batch, batch])] * 3))):
         now.seconds += 1.0
@@ -204,6 +205,22 @@ def test_the_meter_counts_steps_and_not_what_lies_between(monkeypatch):
             meter.resume()
     meter.pause()
     assert (meter.seconds, meter.tokens) == (103.0, 1000 + 3 * 4)
+
+
+def test_the_cost_of_a_step_is_that_of_the_fastest_round(tmp_path, monkeypatch):
+    now, seconds_of_a_step = SimpleNamespace(seconds=0.0), iter([3.0, 1.0, 2.0])
+    monkeypatch.setattr(metering.time, "process_time", lambda: now.seconds)
+
+    def train(meter):
+        now.seconds += 100.0  # the start
+        own = next(seconds_of_a_step)
+        batch = {"attention_mask": torch.ones(2, 3), "context_attention_mask": torch.ones(2, 2)}
+        for number, _ in enumerate(meter.over(iter([(Position(), [batch])] * 1000))):
+            now.seconds += own if number >= metering.STEPS_BEFORE_TIMING else 50.0
+
+    file = tmp_path / "cost.json"
+    assert metering.cost_of_a_step(train, file) == (1.0, 10.0)
+    assert metering.cost_of_a_step(train, file) == (1.0, 10.0)  # kept
 
 
 @pytest.mark.parametrize("kind", models.PEERS)
