@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import (
     AlbertConfig,
+    AutoModel,
     AutoModelForMaskedLM,
     BertConfig,
     ConvBertConfig,
@@ -17,7 +18,15 @@ from transformers import (
 )
 
 from mixlm import MixLMConfig, MixLMForPreTraining, MixLMSwitchConfig, MixLMSwitchForPreTraining
-from mixlm.heads import IGNORE, PreTrainingOutput, SentenceOrderHead, classification_loss, masked_lm_loss
+from mixlm.heads import (
+    IGNORE,
+    MeanPooler,
+    PreTrainingOutput,
+    RetrievalOutput,
+    SentenceOrderHead,
+    classification_loss,
+    masked_lm_loss,
+)
 
 HIDDEN, LAYERS, HEADS, FEED_FORWARD, POSITIONS = 256, 4, 4, 1024, 512
 OWN = {
@@ -102,6 +111,52 @@ class PeerForPreTraining(PreTrainedModel):
             case "modernbert":
                 return head.decoder(head.head(hidden))
         raise ValueError(f"no head is known of {self.config.model_type}")
+
+
+class PeerForRetrieval(PreTrainedModel):
+    """One of transformers' encoders with the mean over tokens as the vector of a text, as mixlm's small presets have.
+
+    Args:
+        config: of the peer.
+    """
+
+    config_class = PreTrainedConfig
+    base_model_prefix = "encoder"
+    _supports_sdpa = True
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__(config)
+        self.encoder = AutoModel.from_config(config)
+        self.pooler = MeanPooler()
+        self.post_init()
+
+    @classmethod
+    def load(cls, folder: str, **fields: Any) -> tuple["PeerForRetrieval", list[str]]:
+        """As `mixlm.encoder.load_for_retrieval`; a peer has none of the fields."""
+        encoder = AutoModel.from_pretrained(folder)
+        model = cls(encoder.config)
+        model.encoder = encoder
+        return model, []
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        context_input_ids: Tensor | None = None,
+        context_attention_mask: Tensor | None = None,
+        context_first_rows: Tensor | None = None,
+    ) -> RetrievalOutput:
+        """As `RetrievalHeads.forward`, without a loss: that is the objective's."""
+        return RetrievalOutput(
+            embeddings=self._embed(input_ids, attention_mask),
+            context_embeddings=self._embed(context_input_ids, context_attention_mask),
+        )
+
+    def _embed(self, input_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor | None:
+        if input_ids is None:
+            return None
+        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return self.pooler(hidden, attention_mask)
 
 
 def build_model(kind: str, fields: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> nn.Module:

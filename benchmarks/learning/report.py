@@ -62,6 +62,8 @@ def markdown(lines: Sequence[Line]) -> str:
     made = sum(len(line.results) for line in lines)
     if not made:
         return "Not run yet.\n"
+    if any(result.get("task") for line in lines for result in line.results.values()):
+        return task_markdown(lines)
     rows = ["| | seeds | tokens seen | held-out loss (nats) | difference | accuracy | second objective |"]
     rows.append("|---|---|---|---|---|---|---|")
     for number, line in enumerate(lines):
@@ -88,18 +90,33 @@ def markdown(lines: Sequence[Line]) -> str:
     return "\n".join(rows) + "\n"
 
 
+def task_markdown(lines: Sequence[Line]) -> str:
+    """A table of fine-tunings: what each task is judged by, in percent."""
+    rows = ["| | seeds | steps | EM | F1 | accuracy@1 | MRR@10 |", "|---|---|---|---|---|---|---|"]
+    for line in lines:
+        results = list(line.results.values())
+        if results:
+            steps = f"{statistics.mean(result['steps'] for result in results):,.0f}"
+            cells = [
+                spread((result["metrics"][name] for result in results if name in result["metrics"]), digits=1)
+                for name in ("exact_match", "f1", "accuracy@1", "mrr@10")
+            ]
+            rows.append(f"| {' | '.join([line.name, str(len(results)), steps, *cells])} |")
+    return "\n".join(rows) + "\n"
+
+
 def loss_of(result: dict[str, Any]) -> float:
     """The held-out loss at the end, in nats per masked token."""
     return result["metrics"]["mlm_loss"]
 
 
-def spread(values: Iterable[float], sign: str = "") -> str:
+def spread(values: Iterable[float], sign: str = "", digits: int = 3) -> str:
     """Mean ± standard deviation; of one value that value, of none nothing."""
     values = list(values)
     if not values:
         return ""
-    mean = f"{statistics.mean(values):{sign}.3f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.3f}"
+    mean = f"{statistics.mean(values):{sign}.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
 def rewrite(page: str, results: Sequence[dict[str, Any]]) -> str:

@@ -14,6 +14,9 @@ such as [{"from": 0.5, "max_seq_length": 128}], which change arguments at a shar
 of the text it is judged on; `vocabulary`, the size of the tokenizer; and `keep_model`, to leave the model in the work
 folder's models/KEY. Every run has one thread. Results are lines of results.jsonl; what is there already is not made
 again, and a run that was killed goes on from its last checkpoint.
+
+A line with a `task` ("reading" or "retrieval", see fine_tune_one.py) fine-tunes the model that the line `of` of
+tables/finalists.jsonl has kept for the same seed.
 """
 
 import argparse
@@ -47,7 +50,10 @@ OPTIONAL = {
     "held_out": {},
     "vocabulary": 8000,
     "keep_model": False,
+    "task": None,
+    "of": None,
 }
+KEPT_MODELS = FOLDER / "tables" / "finalists.jsonl"
 
 
 def read_table(file: Path) -> list[dict[str, Any]]:
@@ -108,13 +114,36 @@ def prepare_tokenizer(corpus: str, vocabulary: int, work: Path) -> Path:
     return folder
 
 
-def make(run: dict[str, Any], corpus: str, work: Path, results: Path) -> str:
-    """Make one run, in a process of its own, and keep what came of it; returns what went wrong, or nothing."""
+def source_of(run: dict[str, Any], work: Path) -> str:
+    """The folder of the kept model that is to be fine-tuned.
+
+    Raises:
+        UserError: no such model was kept.
+    """
+    kept = [each for each in read_table(KEPT_MODELS) if (each["name"], each["seed"]) == (run["of"], run["seed"])]
+    folder = work / "models" / (key_of(kept[0]) if kept else "")
+    if not kept or not folder.is_dir():
+        raise UserError(
+            f"{run['name']}: no model of {run['of']!r}, seed {run['seed']} was kept; make {KEPT_MODELS} first"
+        )
+    return str(folder)
+
+
+def make(run: dict[str, Any], paths: dict[str, str], work: Path, results: Path) -> str:
+    """Make one run, in a process of its own, and keep what came of it; returns what went wrong, or nothing.
+
+    Args:
+        run: of a table.
+        paths: of `corpus` and `questions`.
+        work: the folder for everything but the results.
+        results: the file they are appended to.
+    """
     folder = work / key_of(run)
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "specification.json"
     tokenizer = str(work / f"tokenizer-{run['vocabulary']}")
-    file.write_text(json.dumps({**run, "corpus": corpus, "tokenizer": tokenizer}), "utf-8")
+    source = {"source": source_of(run, work)} if run["task"] else {}
+    file.write_text(json.dumps({**run, **paths, **source, "tokenizer": tokenizer}), "utf-8")
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
@@ -123,7 +152,8 @@ def make(run: dict[str, Any], corpus: str, work: Path, results: Path) -> str:
         "PYTHONPATH": str(FOLDER.parents[1]),
     }
     with (folder / "log").open("a") as log:
-        command = [sys.executable, str(FOLDER / "train_one.py"), str(file), str(folder)]
+        program = "fine_tune_one.py" if run["task"] else "train_one.py"
+        command = [sys.executable, str(FOLDER / program), str(file), str(folder)]
         done = subprocess.run(command, env=environment, stdout=log, stderr=log)
     if done.returncode or not (folder / "result.json").is_file():
         return f"exit code {done.returncode}; see {folder / 'log'}"
@@ -143,6 +173,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Make the runs of tables, several at once.")
     parser.add_argument("tables", nargs="+", type=Path, help="JSON lines; what a line is: see this file's beginning")
     parser.add_argument("--corpus_path", required=True, help="Folder or file of .dat, .dat.xz, .dat.gz.")
+    parser.add_argument("--questions", help="SQuAD-style file, for lines with a task.")
     parser.add_argument("--work_dir", type=Path, default=Path(".cache/learning"), help="For checkpoints and the like.")
     parser.add_argument("--results", type=Path, default=RESULTS, help="Where results are kept (default: %(default)s).")
     parser.add_argument("--at_once", type=int, default=os.cpu_count(), help="Runs at the same time, a thread each.")
@@ -153,13 +184,16 @@ def main() -> None:
     # All of the first seeds before any of the second: a study that was stopped early has looked at every question.
     due = sorted((run for key, run in runs.items() if key not in known), key=lambda run: run["seed"])
     print(f"{len(runs)} runs, {len(runs) - len(due)} of them kept already")
+    paths = {"corpus": arguments.corpus_path, "questions": arguments.questions}
+    if any(run["task"] for run in due) and arguments.questions is None:
+        raise UserError("--questions is missing: some lines have a task")
     work = arguments.work_dir.resolve()
     work.mkdir(parents=True, exist_ok=True)
     for vocabulary in sorted({run["vocabulary"] for run in due}):
         prepare_tokenizer(arguments.corpus_path, vocabulary, work)
     failed = 0
     with ThreadPoolExecutor(arguments.at_once) as pool:
-        makings = pool.map(lambda run: make(run, arguments.corpus_path, work, arguments.results), due)
+        makings = pool.map(lambda run: make(run, paths, work, arguments.results), due)
         for run, failure in tqdm(zip(due, makings, strict=True), total=len(due), unit="run", desc="study"):
             if failure:
                 failed += 1

@@ -11,12 +11,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "learning"
 sys.path.insert(0, str(FOLDER))
 
 import candidates
+import fine_tune_one
 import metering
 import models
 import report
@@ -26,6 +28,7 @@ import train_one
 from mixlm.data.batching import Position
 from mixlm.data.corpus import read_documents
 from mixlm.errors import UserError
+from mixlm.tokenization import train_tokenizer
 from mixlm.training.checkpoint import skeleton_of
 from mixlm.training.optimization import AdamW
 
@@ -74,6 +77,7 @@ def test_the_tables_ask_for_what_there_is(file):
     for run in study.read_table(file):
         assert run["model"] in {*models.OWN, *models.PEERS}
         models.build_model(run["model"], run["fields"], Tokenizer())
+        assert run["task"] is None or run["task"] in fine_tune_one.TASKS
         assert set(run["candidates"]) <= {*candidates.NEW_MODELS, *candidates.TRAININGS}
         for stage in [{}, *run["stages"]]:
             changed = {name: value for name, value in stage.items() if name != "from"}
@@ -173,6 +177,49 @@ def test_a_table_compares_with_its_first_line(tmp_path):
     some = report.markdown(report.lines_of(file, results[:1])).splitlines()[2:]
     assert some == ["| base | 1 | 2k | 5.000 |  | 50.0% | 100.0% |", "", "1 of 4 runs are made."]
     assert report.markdown(report.lines_of(file, [])) == "Not run yet.\n"
+
+
+def test_a_table_of_tasks_shows_what_they_are_judged_by(tmp_path):
+    line = {"model": "mixlm", "of": "a", "minutes": 1}
+    file = table(
+        tmp_path,
+        {**line, "name": "reads", "task": "reading", "seeds": [1, 2]},
+        {**line, "name": "finds", "task": "retrieval", "seeds": [1]},
+    )
+    metrics = [{"exact_match": 1, "f1": 20}, {"exact_match": 3, "f1": 20}, {"accuracy@1": 5, "mrr@10": 7}]
+    results = [
+        {**run, "key": study.key_of(run), "steps": 1200, "metrics": of_run}
+        for run, of_run in zip(study.read_table(file), metrics, strict=True)
+    ]
+    assert report.markdown(report.lines_of(file, results)).splitlines()[2:] == [
+        "| reads | 2 | 1,200 | 2.0 ± 1.4 | 20.0 ± 0.0 |  |  |",
+        "| finds | 1 | 1,200 |  |  | 5.0 | 7.0 |",
+    ]
+
+
+@pytest.mark.parametrize("task", ["reading", "retrieval"])
+def test_a_kept_peer_is_fine_tuned(tmp_path, task):
+    """By the scripts' own loop; a budget of nothing evaluates it as it is."""
+    tokenizer = train_tokenizer((s for d in read_documents(SAMPLE) for s in d.sentences), 500, show_progress=False)
+    peer = models.build_model("bert", SMALL, tokenizer)
+    peer.masked_lm.save_pretrained(tmp_path / "kept")
+    tokenizer.save_pretrained(tmp_path / "kept")
+    articles = {"train_articles": "0:4", "validation_articles": "4:8"}
+    specification = {"model": "bert", "task": task, "seed": 1, "minutes": 0, "arguments": articles}
+    paths = {"source": str(tmp_path / "kept"), "questions": str(SAMPLE / "ko_questions.json")}
+    result = fine_tune_one.fine_tune_one({**specification, **paths}, tmp_path)
+    assert result["steps"] == 1 and 0 <= result["metrics"]["f1" if task == "reading" else "mrr@10"] <= 100
+    if task == "retrieval":
+        encoder, _ = models.PeerForRetrieval.load(str(tmp_path / "kept"))
+        weights = load_file(tmp_path / "run" / "model.safetensors")
+        for name, parameter in encoder.named_parameters():
+            if "pooler" not in name:  # BERT's own, which is not used
+                torch.testing.assert_close(weights[name], parameter.detach())
+
+
+def test_a_model_that_was_not_kept_is_named(tmp_path):
+    with pytest.raises(UserError, match="no model of 'nobody', seed 1 was kept"):
+        study.source_of({"name": "a", "of": "nobody", "seed": 1}, tmp_path)
 
 
 def test_the_page_shows_the_kept_results():

@@ -1,0 +1,111 @@
+"""Does it carry over? `python fine_tune_one.py SPECIFICATION.json FOLDER`; what came of it is in FOLDER/result.json.
+
+A model that a study has kept is fine-tuned by run_mrc.py or run_ict.py for a budget of CPU minutes, and evaluated on
+articles that it was not trained on; with a budget of 0 it is evaluated as it is.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from metering import STEPS_BEFORE_TIMING, TIMED_STEPS, Meter, Steps, cost_of_a_step
+from models import PEERS, PeerForRetrieval
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+import run_ict
+import run_mrc
+from mixlm.data.batching import Position
+from mixlm.errors import exits_on_user_error
+from mixlm.training.batches import TrainingBatches
+from mixlm.training.reading import ReadingArguments
+from mixlm.training.retrieval import RetrievalArguments
+
+# A script and what it is told, where a specification says nothing else.
+TASKS: dict[str, tuple[Any, type, dict[str, Any]]] = {
+    "reading": (
+        run_mrc,
+        ReadingArguments,
+        {
+            "max_seq_length": 256,
+            "doc_stride": 128,
+            "train_batch_size": 16,
+            "learning_rate": 5e-4,
+            "metric": "korquad_v1",
+        },
+    ),
+    "retrieval": (
+        run_ict,
+        RetrievalArguments,
+        {"max_passage_length": 256, "train_batch_size": 64, "cache_chunk": 16, "learning_rate": 5e-4},
+    ),
+}
+SPLIT = {"train_articles": "0:110", "validation_articles": "110:140"}
+AS_IT_IS = {"num_steps": 1, "learning_rate": 1e-12}  # a step that changes nothing
+
+
+def metered(meter: Meter) -> type[TrainingBatches]:
+    """Batches that go through the meter."""
+
+    class MeteredBatches(TrainingBatches):
+        def __call__(self, position: Position) -> Steps:
+            return meter.over(super().__call__(position))
+
+    return MeteredBatches
+
+
+def fine_tune_one(specification: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Fine-tune to the end of the budget and evaluate; returns what is to be written down.
+
+    Args:
+        specification: what study.py says of a line with a `task`, with one seed, and the paths `source`, of the kept
+            model, and `questions`.
+        folder: for the checkpoints, which are of no use afterwards.
+    """
+    script, arguments_class, defaults = TASKS[specification["task"]]
+
+    def run(name: str, meter: Meter, **more: Any) -> dict[str, float]:
+        arguments = arguments_class(
+            model_name=name,
+            output_dir=str(folder),
+            model_name_or_path=specification["source"],
+            train_file=[specification["questions"]],
+            seed=specification["seed"],
+            num_workers=0,
+            eval_steps=0,
+            save_steps=0,
+            overwrite_output_dir=True,
+            **{**SPLIT, **defaults, **specification["arguments"], **more},
+        )
+        with ExitStack() as patches:
+            patches.enter_context(patch.object(script, "TrainingBatches", metered(meter)))
+            if specification["model"] in PEERS and specification["task"] == "retrieval":
+                patches.enter_context(patch.object(script, "load_for_retrieval", PeerForRetrieval.load))
+            return script.run(arguments)
+
+    if specification["minutes"]:
+        timed = 1 + STEPS_BEFORE_TIMING + TIMED_STEPS
+        train: Callable[[Meter], Any] = lambda meter: run("timing", meter, num_steps=timed)  # noqa: E731
+        seconds, _ = cost_of_a_step(train, folder / "cost_of_a_step.json")
+        budget = {"num_steps": max(1, round(60 * specification["minutes"] / seconds))}
+    else:
+        budget = AS_IT_IS
+    meter = Meter()
+    metrics = run("run", meter, **budget)
+    return {"steps": budget["num_steps"], "tokens": meter.tokens, "metrics": metrics}
+
+
+@exits_on_user_error
+def main(specification_file: str, folder: str) -> None:
+    """Make the run, and leave result.json in its folder."""
+    result = fine_tune_one(json.loads(Path(specification_file).read_text("utf-8")), Path(folder))
+    partial = Path(folder) / "result.partial"
+    partial.write_text(json.dumps(result), "utf-8")
+    partial.rename(Path(folder) / "result.json")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
