@@ -204,7 +204,7 @@ def test_a_kept_peer_is_fine_tuned(tmp_path, task):
     peer = models.build_model("bert", SMALL, tokenizer)
     peer.masked_lm.save_pretrained(tmp_path / "kept")
     tokenizer.save_pretrained(tmp_path / "kept")
-    articles = {"train_articles": "0:4", "validation_articles": "4:8"}
+    articles = {"train_articles": "0:20", "validation_articles": "20:24"}
     specification = {"model": "bert", "task": task, "seed": 1, "minutes": 0, "arguments": articles}
     paths = {"source": str(tmp_path / "kept"), "questions": str(SAMPLE / "ko_questions.json")}
     result = fine_tune_one.fine_tune_one({**specification, **paths}, tmp_path)
