@@ -22,7 +22,6 @@ from mixlm.training.objectives import Batch, SentenceOrderObjective, Step, Term
 from mixlm.training.optimization import AdamW
 from run_pretraining import OBJECTIVES
 
-DECAY_SHARE = 0.2  # of the steps, at the end of warm-up-stable-decay
 # Newton-Schulz iteration to the nearest orthogonal matrix, as in K. Jordan's "Muon" (2024): coefficients of
 # a X + b X Xᵀ X + c (X Xᵀ)² X that bring every singular value near 1 in few rounds.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -71,15 +70,8 @@ def carry_scores_in_upper_half(model: nn.Module, token_log_probabilities: Tensor
 # -- trainings -------------------------------------------------------------------------------------------------------
 
 
-def warm_up_stable_decay(step: int, warmup_steps: int, scheduler_num_steps: int) -> float:
-    """Linear warm-up, the peak rate, and at the end a linear decay (arXiv:2404.06395, section 4); as
-    `learning_rate_factor`."""
-    decay_steps = max(1, round(DECAY_SHARE * scheduler_num_steps))
-    return min(1.0, (step + 1) / (warmup_steps + 1), (scheduler_num_steps - step) / decay_steps)
-
-
-def cosine(step: int, warmup_steps: int, scheduler_num_steps: int) -> float:
-    """Linear warm-up, then half a cosine wave down to 0 (arXiv:1608.03983); as `learning_rate_factor`."""
+def cosine(step: int, warmup_steps: int, scheduler_num_steps: int, decay_ratio: float) -> float:
+    """Linear warm-up, then half a cosine wave down to 0 (arXiv:1608.03983); else as `learning_rate_factor`."""
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)
     return 0.5 + 0.5 * math.cos(math.pi * (step - warmup_steps) / max(scheduler_num_steps - warmup_steps, 1))
@@ -176,7 +168,6 @@ NEW_MODELS: dict[str, Callable[[nn.Module, Tensor], None]] = {
     "scores in upper half": carry_scores_in_upper_half,
 }
 TRAININGS: dict[str, Callable[[], AbstractContextManager]] = {
-    "warm-up-stable-decay": partial(patch.object, loop, "learning_rate_factor", warm_up_stable_decay),
     "cosine": partial(patch.object, loop, "learning_rate_factor", cosine),
     "muon": partial(patch.object, AdamW, "build", build_muon),
     "beta2 0.98": partial(with_options, betas=(0.9, 0.98)),

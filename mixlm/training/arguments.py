@@ -87,6 +87,13 @@ class TrainingArguments:
                   "before that. None = num_steps."},
     )  # fmt: skip
     warmup_steps: int = field(default=0, metadata={"help": "Steps in which the learning rate rises from 0."})
+    decay_ratio: float = field(
+        default=1.0,
+        metadata={
+            "help": "Share of the schedule in which the learning rate falls, at its end; until then it stays at its "
+            "peak. 1 = it falls from the warm-up on."
+        },
+    )
     max_steps_per_epoch: int | None = field(
         default=None, metadata={"help": "End an epoch after this many steps. None = when the data is used up."}
     )
@@ -137,6 +144,7 @@ class TrainingArguments:
             self.require(getattr(self, name) is None or getattr(self, name) >= 1, name, "at least 1")
         for name in ("train_batch_size", "num_workers", "max_grad_norm", "warmup_steps", "save_steps", "eval_steps"):
             self.require(getattr(self, name) is None or getattr(self, name) >= 0, name, "at least 0")
+        self.require(0 < self.decay_ratio <= 1, "decay_ratio", "above 0 and at most 1")
         self.require(0 <= self.weight_decay < math.inf, "weight_decay", "at least 0 and finite")
         for name in ("learning_rate", "adam_epsilon"):
             self.require(0 < getattr(self, name) < math.inf, name, "above 0 and finite")

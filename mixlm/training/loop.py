@@ -253,7 +253,7 @@ class _Run:
         largest = arguments.max_grad_norm or math.inf
         self.engine.scale_gradients(min(1.0, largest / (gradient_norm + 1e-6)) / scale)
         learning_rate = arguments.learning_rate * learning_rate_factor(
-            state.step, arguments.warmup_steps, arguments.scheduler_num_steps
+            state.step, arguments.warmup_steps, arguments.scheduler_num_steps, arguments.decay_ratio
         )
         self.engine.step(learning_rate)
         state.step += 1

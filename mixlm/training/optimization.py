@@ -36,12 +36,14 @@ class AdamW(NamedTuple):
         return torch.optim.AdamW(self.groups(model), **self.options)
 
 
-def learning_rate_factor(step: int, warmup_steps: int, scheduler_num_steps: int) -> float:
-    """Linear warm-up, then linear decay: the share of the peak rate with which step `step` (from 0) is made.
+def learning_rate_factor(step: int, warmup_steps: int, scheduler_num_steps: int, decay_ratio: float = 1.0) -> float:
+    """Linear warm-up, the peak rate, linear decay: the share of the peak with which step `step` (from 0) is made.
 
-    Rises to 1 at `warmup_steps` and would reach 0 at `scheduler_num_steps`. A pure function of the step, so there is
-    no scheduler state to save.
+    Rises to 1 at `warmup_steps`, stays there, and falls over the last `decay_ratio` of the schedule; it would reach 0
+    at `scheduler_num_steps`. With a ratio of 1 it falls from the warm-up on. (Warm-up, stable, decay: MiniCPM,
+    arXiv:2404.06395, section 4.) A pure function of the step, so there is no scheduler state to save.
     """
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)
-    return max(0.0, (scheduler_num_steps - step) / max(scheduler_num_steps - warmup_steps, 1))
+    decay_steps = min(round(decay_ratio * scheduler_num_steps), scheduler_num_steps - warmup_steps)
+    return min(1.0, max(0.0, (scheduler_num_steps - step) / max(decay_steps, 1)))

@@ -65,8 +65,14 @@ class RetrievalArguments(FineTuningArguments):
     pooler: Literal["decoder", "mean", "cls"] | None = field(
         default=None, metadata={"help": "How a text becomes one vector. None = as the model has it."}
     )
-    normalize: bool = field(default=False, metadata={"help": "Divide vectors by their norms: cosines."})
-    two_towers: bool = field(default=False, metadata={"help": "An encoder for passages beside that for questions."})
+    normalize: bool = field(
+        default=False,
+        metadata={"help": "Divide vectors by their norms: cosines. A model that does so keeps it."},
+    )
+    two_towers: bool = field(
+        default=False,
+        metadata={"help": "An encoder for passages beside that for questions. A model that has two keeps them."},
+    )
 
     # What is learned
     temperature: float = field(default=1.0, metadata={"help": "Scores are divided by it. Cosines need about 0.05."})

@@ -21,7 +21,7 @@ def event_files_in_order(monkeypatch):
 
 @pytest.fixture
 def make_model():
-    """(family, task, seed, **configuration) -> a ForPreTraining model."""
+    """(family, task, seed, **configuration) -> a model of the task."""
     return build_model
 
 

@@ -72,6 +72,14 @@ def test_learning_rate_with_warm_up():
     assert [learning_rate_factor(step, 3, 8) for step in range(9)] == pytest.approx(expected)
 
 
+def test_learning_rate_that_stays_at_its_peak_before_it_falls():
+    expected = [1 / 3, 2 / 3, 1.0, 1.0, 1.0, 1.0, 1.0, 3 / 4, 2 / 4, 1 / 4, 0.0]
+    assert [learning_rate_factor(step, 2, 10, 0.4) for step in range(11)] == pytest.approx(expected)
+    # There is no time for a decay of 9 steps after 2 of warm-up: it begins at once.
+    longest = [learning_rate_factor(step, 2, 10, 0.9) for step in range(11)]
+    assert longest == [learning_rate_factor(step, 2, 10) for step in range(11)]
+
+
 def test_learning_rate_of_a_longer_schedule_never_reaches_zero():
     factors = [learning_rate_factor(step, 2, 100) for step in range(10)]
     assert factors[-1] == pytest.approx((100 - 9) / 98)
