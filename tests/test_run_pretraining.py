@@ -126,6 +126,7 @@ def check_finished_folder(folder: Path, family: str, task: str, capsys) -> None:
     assert all(isinstance(value, (int, float)) for value in results.values())
     curves = read_curves(folder)
     expected = CURVES | {f"train/{task.lower()}_loss"} | results.keys() | (ROUTING if family == "switch" else set())
+    expected |= {"train/ict_accuracy"} if task == "ICT" else set()
     assert curves.keys() == expected
     for tag, value in results.items():
         assert curves[tag][-1][1] == pytest.approx(value, rel=1e-5)

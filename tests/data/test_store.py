@@ -176,7 +176,7 @@ def test_an_unchanged_file_is_not_read_again(corpus_file, tokenizer, cache, monk
     long_ago = time.time() - 3600
     os.utime(corpus_file, (long_ago, long_ago))
     first = open_small(corpus_file, tokenizer, cache)
-    monkeypatch.setattr(hashing, "_hash_file", None)  # would fail if it was called
+    monkeypatch.setattr(hashing, "hash_file", None)  # would fail if it was called
     assert open_small(corpus_file, tokenizer, cache).folder == first.folder
     entries = json.loads((first.folder / "manifest.json").read_text())["source"]["files"]
     assert entries == {str(corpus_file.resolve()): [len(TEXT), corpus_file.stat().st_mtime_ns]}
