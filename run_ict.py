@@ -13,7 +13,7 @@ from functools import partial
 
 import torch
 
-from mixlm.encoder import load_for_retrieval, require_room
+from mixlm.encoder import load_for_retrieval
 from mixlm.errors import exits_on_user_error
 from mixlm.tokenization import load_tokenizer
 from mixlm.training.arguments import parse_arguments
@@ -41,16 +41,16 @@ def run(arguments: RetrievalArguments) -> dict[str, float]:
     else:
         data = pairs_of_corpus(arguments, tokenizer, texts)
     model, new_weights = load_for_retrieval(source, **arguments.model_fields)
-    require_room(model, arguments.encoding, source)
+    arguments.encoding.require_room(model, source)
     if new_weights:
         accelerator.print(f"{source} has no {', '.join(new_weights)}: they are trained anew")
     arguments.fit_schedule(len(data.training), accelerator.num_processes)
     accelerator.print(
-        f"{len(data.training):,} pairs to train on for {arguments.num_steps:,} steps; {len(data.queries):,} queries "
-        f"search {len(data.passages):,} passages"
+        f"{len(data.training):,} pairs and {data.hard_negatives:,} hard negatives to train on for "
+        f"{arguments.num_steps:,} steps; {len(data.queries):,} queries search {len(data.passages):,} passages"
     )
 
-    batches = TrainingBatches(data.training, tokenizer.pad_token_id, arguments, accelerator)
+    batches = TrainingBatches(data.training, tokenizer.pad_token_id, arguments, accelerator, window_steps=1)
     empty_passage = torch.from_numpy(texts.empty_passage) if arguments.null_passage else None
     best = train(
         model,
@@ -59,10 +59,9 @@ def run(arguments: RetrievalArguments) -> dict[str, float]:
         arguments,
         accelerator,
         lambda engine: evaluate_retrieval(engine, data, arguments.train_batch_size, texts, accelerator),
-        batches.longest,
+        batches,
     )
-    finish_run(tokenizer, best, arguments, accelerator)
-    on_main_process(accelerator, lambda: arguments.encoding.save(arguments.run_folder))
+    finish_run(tokenizer, best, arguments, accelerator, arguments.encoding)
     return best.metrics
 
 

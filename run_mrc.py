@@ -15,8 +15,10 @@ from accelerate import Accelerator
 from mixlm.data.reading import predictions_of
 from mixlm.data.squad import read_squad
 from mixlm.errors import UserError, exits_on_user_error
+from mixlm.evaluation.reading import count_korean
 from mixlm.evaluation.reading_report import QUESTIONS_FILE
-from mixlm.reader import MixLMReader, load_for_reading, require_room
+from mixlm.loading import require_room
+from mixlm.reader import MixLMReader, load_for_reading
 from mixlm.tokenization import load_tokenizer
 from mixlm.training.arguments import parse_arguments
 from mixlm.training.batches import TrainingBatches
@@ -26,7 +28,6 @@ from mixlm.training.objectives import ReadingObjective
 from mixlm.training.reading import (
     ReadingArguments,
     chosen_metric,
-    count_korean,
     decoding_of,
     judged_questions,
     read_over_ranks,
@@ -49,7 +50,7 @@ def train_reader(arguments: ReadingArguments, accelerator: Accelerator, question
     model, has_head = load_for_reading(source)
     if not has_head:
         accelerator.print(f"{source} has no head for question answering: a new one is trained")
-    require_room(model, arguments.max_seq_length, source)
+    require_room(model, source, max_seq_length=arguments.max_seq_length)
     decoding, metric = decoding_of(arguments), chosen_metric(arguments, questions.validation)
     training = decoding.windows(questions.training, tokenizer, training=True)
     held_out = decoding.windows(questions.validation, tokenizer)
@@ -68,9 +69,8 @@ def train_reader(arguments: ReadingArguments, accelerator: Accelerator, question
         return reading_metrics(predictions, questions.validation, metric, decoding)
 
     batches = TrainingBatches(training, tokenizer.pad_token_id, arguments, accelerator)
-    best = train(model, ReadingObjective, batches, arguments, accelerator, evaluate, batches.longest)
-    finish_run(tokenizer, best, arguments, accelerator)
-    on_main_process(accelerator, lambda: tuned(decoding, best.metrics).save(arguments.run_folder))
+    best = train(model, ReadingObjective, batches, arguments, accelerator, evaluate, batches)
+    finish_run(tokenizer, best, arguments, accelerator, tuned(decoding, best.metrics))
     return best.metrics
 
 
@@ -94,7 +94,7 @@ def run(arguments: ReadingArguments) -> dict[str, float]:
     accelerator = prepare_run(arguments) if arguments.do_train else Accelerator(cpu=not torch.cuda.is_available())
     if arguments.do_train or arguments.do_eval:
         questions = read_questions(arguments, "version_2_with_negative", arguments.do_train)
-        if arguments.tune_decoding and not count_korean(questions.validation):
+        if arguments.tune_decoding and not count_korean(example.context for example in questions.validation):
             raise UserError("--tune_decoding: no text to evaluate on is Korean; leave it out")
         for note in questions.notes:
             accelerator.print(note)
@@ -111,8 +111,12 @@ def run(arguments: ReadingArguments) -> dict[str, float]:
             predictions = read_over_ranks(reader, questions.validation, accelerator)
             metrics = reading_metrics(predictions, questions.validation, metric, reader.decoding)
         on_main_process(accelerator, lambda: write_predictions(predictions, folder, metrics))
-        judged = judged_questions(predictions, questions.validation, metric, reader)
-        on_main_process(accelerator, lambda: write_lines(folder / QUESTIONS_FILE, map(asdict, judged)))
+
+        def write_judged() -> None:
+            judged = judged_questions(predictions, questions.validation, metric, reader)
+            write_lines(folder / QUESTIONS_FILE, map(asdict, judged))
+
+        on_main_process(accelerator, write_judged)
         accelerator.print("".join(f"  {name:>29}  {value:,.2f}\n" for name, value in metrics.items()), end="")
         if arguments.tune_decoding:
             choice = "dropped" if reader.decoding.korean_particles else "kept"

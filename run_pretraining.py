@@ -8,6 +8,7 @@ or `accelerate launch --num_processes 2 run_pretraining.py ...` (with `--cpu` on
 """
 
 import numpy as np
+import torch
 
 from mixlm import MixLMConfig, MixLMForPreTraining, MixLMSwitchConfig, MixLMSwitchForPreTraining
 from mixlm.data.batching import evaluation_batches
@@ -115,13 +116,16 @@ def main():
     )
     ranks, rank = accelerator.num_processes, accelerator.process_index
     unigram = unigram_log_probabilities(corpus.token_counts)
+    # A new model begins with how often each token occurs, which it would else spend its first hundreds of steps on.
+    with torch.no_grad():
+        model.get_output_embeddings().bias.copy_(unigram)
 
     def evaluate(engine) -> dict[str, float]:
         batches = evaluation_batches(held_out, arguments.train_batch_size, tokenizer.pad_token_id, rank, ranks)
         return evaluate_pretraining(engine, batches, accelerator, unigram)
 
     batches = TrainingBatches(training, tokenizer.pad_token_id, arguments, accelerator)
-    last = train(model, OBJECTIVES[arguments.task], batches, arguments, accelerator, evaluate, batches.longest)
+    last = train(model, OBJECTIVES[arguments.task], batches, arguments, accelerator, evaluate, batches)
     finish_run(tokenizer, last, arguments, accelerator)
     end_processes()
 

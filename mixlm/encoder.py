@@ -1,32 +1,29 @@
 """Texts to vectors: what `run_ict.py` leaves, and what indexes are made with."""
 
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForTextEncoding, PreTrainedModel, PreTrainedTokenizerFast
-from transformers.utils import logging
 
 from .configuration import MixLMConfig, MixLMSwitchConfig
 from .data.batching import evaluation_batches
 from .data.passages import Passage
 from .data.retrieval import EncodedTexts, RetrievalTokenizer
-from .errors import UserError, one_line
+from .errors import UserError
+from .loading import StoredSettings, hash_of_weights, loading, require_room
 from .tokenization import load_tokenizer
 
-ENCODER_FILE = "encoder.json"
 MODEL_TYPES = (MixLMConfig.model_type, MixLMSwitchConfig.model_type)
 
 
 @dataclass(frozen=True)
-class Encoding:
+class Encoding(StoredSettings):
     """How texts become token ids: what an encoder needs to know beside the model.
 
     Args:
@@ -34,32 +31,26 @@ class Encoding:
         null_passage: whether the passage without text was trained as what unanswerable questions belong to.
     """
 
+    file_name: ClassVar[str] = "encoder.json"
+    written_by: ClassVar[str] = "run_ict.py"
+
     max_query_length: int = 64
     max_passage_length: int = 256
     null_passage: bool = False
 
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> "Encoding":
+        """For a model that was not trained by run_ict.py: as long as its positions allow, up to the defaults."""
+        longest = model.config.max_position_embeddings
+        return cls(min(cls.max_query_length, longest), min(cls.max_passage_length, longest))
+
+    def require_room(self, model: PreTrainedModel, name: str) -> None:
+        """Raise UserError unless the model called `name` takes such texts."""
+        require_room(model, name, max_query_length=self.max_query_length, max_passage_length=self.max_passage_length)
+
     def tokenizer(self, tokenizer: PreTrainedTokenizerFast) -> RetrievalTokenizer:
         """What makes token ids of queries and passages."""
         return RetrievalTokenizer(tokenizer, self.max_query_length, self.max_passage_length)
-
-    def save(self, folder: Path) -> None:
-        """Write it beside the model, for `MixLMEncoder`."""
-        (folder / ENCODER_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n", "utf-8")
-
-    @classmethod
-    def load(cls, folder: Path) -> "Encoding | None":
-        """What `save` has written, if there is anything.
-
-        Raises:
-            UserError: it is something else.
-        """
-        file = folder / ENCODER_FILE
-        if not file.is_file():
-            return None
-        try:
-            return cls(**json.loads(file.read_text("utf-8")))
-        except (ValueError, TypeError) as error:
-            raise UserError(f"{file}: is not what run_ict.py writes: {one_line(error)}") from error
 
 
 @torch.no_grad()
@@ -109,25 +100,22 @@ def load_for_retrieval(name_or_path: str, **fields: Any) -> tuple[PreTrainedMode
         fields: of the configuration, to be changed.
 
     Raises:
-        UserError: it cannot be loaded, is of another library, or weights of its encoder are missing.
+        UserError: it cannot be loaded, is of another library, or weights of its encoders are missing.
     """
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # of a new pooler its user hears by what is returned
-    try:
+    with loading(name_or_path):
         config = AutoConfig.from_pretrained(name_or_path, **fields)
         if config.model_type not in MODEL_TYPES:
             raise UserError(f"{name_or_path}: is of type {config.model_type}; give one of {' or '.join(MODEL_TYPES)}")
         model, report = AutoModelForTextEncoding.from_pretrained(name_or_path, config=config, output_loading_info=True)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{name_or_path}: cannot be loaded: {one_line(error)}") from error
-    finally:
-        logging.set_verbosity(verbosity)
     missing = sorted(report["missing_keys"])
-    if lacking := [name for name in missing if name.startswith("encoder.")]:
+    of_contexts = [name for name in missing if name.startswith("context_encoder.")]
+    has_none_of_contexts = len(of_contexts) == len(model.encoder.state_dict())
+    lacking = [name for name in missing if name.startswith("encoder.")]
+    if lacking := lacking or ([] if has_none_of_contexts else of_contexts):
         raise UserError(f"{name_or_path}: lacks {len(lacking)} weights of the encoder, such as {lacking[0]}")
-    if any(name.startswith("context_encoder.") for name in missing):
+    if of_contexts:
         model.context_encoder.load_state_dict(model.encoder.state_dict())
-    return model, [name for name in missing if not name.startswith("context_encoder.")]
+    return model, [name for name in missing if name not in of_contexts]
 
 
 class MixLMEncoder:
@@ -167,8 +155,8 @@ class MixLMEncoder:
         """
         name = str(name_or_path)
         model, _ = load_for_retrieval(name)
-        encoding = Encoding.load(Path(name)) or Encoding()
-        require_room(model, encoding, name)
+        encoding = Encoding.load(name) or Encoding.of(model)
+        encoding.require_room(model, name)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         return cls(model.to(device), load_tokenizer(name), encoding, batch_size)
 
@@ -186,14 +174,10 @@ class MixLMEncoder:
 
     def fingerprint(self) -> dict[str, Any]:
         """What the vectors depend on: hashes of weights and tokenizer, and settings."""
-        weights = hashlib.blake2b(digest_size=16)
-        for name, tensor in sorted(self.model.state_dict().items()):
-            weights.update(name.encode())
-            weights.update(tensor.detach().float().cpu().numpy().tobytes())
         words = hashlib.blake2b(self.tokenizer.backend.to_str().encode(), digest_size=16)
         names = ("pooler", "normalize_embeddings", "two_towers")
         return {
-            "weights": weights.hexdigest(),
+            "weights": hash_of_weights(self.model),
             "tokenizer": words.hexdigest(),
             **{name: getattr(self.model.config, name) for name in names},
             **asdict(self.encoding),
@@ -208,14 +192,3 @@ class MixLMEncoder:
                 self.model, self.model.device, EncodedTexts(texts), self.batch_size, pad_token_id, are_passages
             )
         )
-
-
-def require_room(model: PreTrainedModel, encoding: Encoding, name: str) -> None:
-    """Raise UserError unless the model called `name` takes texts as long as `encoding` lets them be."""
-    longest = model.config.max_position_embeddings
-    for field in ("max_query_length", "max_passage_length"):
-        if getattr(encoding, field) > longest:
-            raise UserError(
-                f"--{field}={getattr(encoding, field)}: {name} takes at most {longest} tokens "
-                "(max_position_embeddings)"
-            )

@@ -6,18 +6,15 @@ reader = MixLMReader.from_pretrained("my-reader")
 reader.answer("세종대왕은 언제 태어났나?", "세종대왕은 1397년에 태어났다.").text
 """
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import AutoModelForQuestionAnswering, PreTrainedModel, PreTrainedTokenizerFast
-from transformers.utils import logging
 
 import mixlm  # noqa: F401  whose models the Auto classes know from now on
 
@@ -26,9 +23,9 @@ from .data.particles import require_kiwi
 from .data.reading import Reading, ReadingWindows, read_answers
 from .data.squad import ReadingExample
 from .errors import UserError
+from .loading import StoredSettings, loading, require_room
 from .tokenization import load_tokenizer
 
-READER_FILE = "reader.json"
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 # Of each window, in the order of the windows, [length of the window]: logits of the first and of the last token.
@@ -36,7 +33,7 @@ WindowScores = tuple[list[np.ndarray], list[np.ndarray]]
 
 
 @dataclass(frozen=True)
-class Decoding:
+class Decoding(StoredSettings):
     """How answers come from scores: what a reader needs to know beside the model.
 
     Args:
@@ -49,6 +46,9 @@ class Decoding:
     Raises:
         UserError: `korean_particles` without Kiwi, which finds them.
     """
+
+    file_name: ClassVar[str] = "reader.json"
+    written_by: ClassVar[str] = "run_mrc.py"
 
     max_seq_length: int = 384
     doc_stride: int = 128
@@ -82,16 +82,6 @@ class Decoding:
             null_threshold=self.null_threshold,
             korean_particles=self.korean_particles,
         )
-
-    def save(self, folder: Path) -> None:
-        """Write it beside the model, for `MixLMReader`."""
-        (folder / READER_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n", "utf-8")
-
-    @classmethod
-    def load(cls, folder: Path) -> "Decoding | None":
-        """What `save` has written, if there is anything."""
-        file = folder / READER_FILE
-        return cls(**json.loads(file.read_text("utf-8"))) if file.is_file() else None
 
 
 @torch.no_grad()
@@ -137,29 +127,14 @@ def load_for_reading(name_or_path: str) -> tuple[PreTrainedModel, bool]:
         UserError: it cannot be loaded, weights beside the head are missing, or it has no token types, by which the
             question is told from the text.
     """
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # of a new head its user hears by what is returned
-    try:
+    with loading(name_or_path):
         model, report = AutoModelForQuestionAnswering.from_pretrained(name_or_path, output_loading_info=True)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{name_or_path}: cannot be loaded: {error}") from error
-    finally:
-        logging.set_verbosity(verbosity)
     missing = sorted(report["missing_keys"])
     if other := [name for name in missing if not name.startswith("qa_outputs.")]:
         raise UserError(f"{name_or_path}: lacks {len(other)} weights beside the head, such as {other[0]}")
     if getattr(model.config, "type_vocab_size", 0) < 2:
         raise UserError(f"{name_or_path}: has no token types; machine reading needs two, for question and text")
     return model, not missing
-
-
-def require_room(model: PreTrainedModel, max_seq_length: int, name: str) -> None:
-    """Raise UserError unless the model called `name` takes windows of `max_seq_length` tokens."""
-    longest = model.config.max_position_embeddings
-    if max_seq_length > longest:
-        raise UserError(
-            f"--max_seq_length={max_seq_length}: {name} takes at most {longest} tokens (max_position_embeddings)"
-        )
 
 
 class ReadAnswer(NamedTuple):
@@ -222,8 +197,8 @@ class MixLMReader:
         model, has_head = load_for_reading(name)
         if not has_head:
             raise UserError(f"{name}: is not trained to answer questions; train it with run_mrc.py")
-        decoding = Decoding.load(Path(name)) or decoding or Decoding()
-        require_room(model, decoding.max_seq_length, name)
+        decoding = Decoding.load(name) or decoding or Decoding()
+        require_room(model, name, max_seq_length=decoding.max_seq_length)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         return cls(model.to(device), load_tokenizer(name), decoding, batch_size)
 

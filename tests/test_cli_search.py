@@ -1,10 +1,11 @@
 """`mixlm index` and `search`."""
 
+import gzip
 import json
 
 import pytest
 
-import mixlm.retrieval.analysers as analysers
+import mixlm.data.packages as packages
 from mixlm.cli import main
 from mixlm.data.passages import WINDOW_CHARACTERS
 
@@ -80,16 +81,49 @@ def test_bad_input_is_one_line_and_leaves_nothing(folder, capsys):
     assert "belong together" in error_of(capsys, *search, "--queries", "questions.jsonl")
     assert "belong together" in error_of(capsys, *search, "--query", "x", "--out", "hits.trec")
     assert "--top_k 0" in error_of(capsys, *search, "--query", "x", "--top_k", "0")
+    assert "name it .jsonl" in error_of(capsys, *search, "--queries", "questions.jsonl", "--out", "hits.json")
+    assert "--json is for --query" in error_of(capsys, *search, "--queries", "questions.jsonl", "--out", "x", "--json")
+    assert "--query: character 1 is no text" in error_of(capsys, *search, "--query", "x\udcff")
     assert "no such folder" in error_of(capsys, *search, "--queries", "questions.jsonl", "--out", "absent/hits.trec")
     assert "not a whole index" in error_of(capsys, "search", "--index", "absent", "--query", "x")
     assert sorted(folder.iterdir()) == before
+
+
+def test_hits_as_json(folder, capsys):
+    main("search --index index --queries questions.jsonl --out hits.jsonl.gz".split())
+    with gzip.open(folder / "hits.jsonl.gz", "rt", encoding="utf-8") as file:
+        found = [json.loads(line) for line in file]
+    assert [each["id"] for each in found] == ["1", "2", "3"] and found[1]["hits"] == []
+    capsys.readouterr()
+    main(["search", "--index", "index", "--query", found[0]["question"], "--json"])
+    assert {"id": "1", **json.loads(capsys.readouterr().out)} == found[0]
+    hit = found[0]["hits"][0]
+    assert hit.pop("score") > 0
+    assert hit == {"rank": 1, **PASSAGES[1]}
+
+
+def test_ids_that_no_run_can_have_are_found_before_the_search(folder, capsys, monkeypatch):
+    (folder / "questions.jsonl").write_text('{"id": "a b", "text": "섬이"}')
+    monkeypatch.setattr("mixlm.retrieval.index.open_index", None)
+    error = error_of(capsys, *"search --index index --queries questions.jsonl --out hits.trec".split())
+    assert "'a b' cannot stand in a TREC run" in error
+
+
+@pytest.mark.parametrize("options", [[], ["--morphemes"]])
+def test_a_question_of_any_length(folder, capsys, options):
+    main(["index", "--passages", "passages.jsonl", "--lexical_only", "--out", "new", *options])
+    capsys.readouterr()
+    main(["search", "--index", "new", "--query", "한글을 " * 25_000])
+    assert "sejong" in capsys.readouterr().out
+    main(["search", "--index", "new", "--query", ""])
+    assert capsys.readouterr().out == "no passage is found for this question\n"
 
 
 def test_a_missing_package_is_one_line(folder, capsys, monkeypatch):
     def fails(module):
         raise ImportError(module)
 
-    monkeypatch.setattr(analysers, "import_module", fails)
+    monkeypatch.setattr(packages, "import_module", fails)
     error = error_of(capsys, "index", "--passages", "passages.jsonl", "--lexical_only", "--out", "new")
     assert "mixlm[retrieval]" in error
 

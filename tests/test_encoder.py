@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from remote_models import tiny_model, tiny_tokenizer
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForTextEncoding, BertConfig, BertModel
 
 import mixlm
@@ -127,6 +127,26 @@ def test_a_model_of_another_head_lacks_a_pooler_alone(tmp_path, model_class):
     assert load_for_retrieval(str(tmp_path), pooler="mean")[1] == []
 
 
+def test_a_pretrained_model_is_given_texts_as_long_as_it_takes(tmp_path):
+    """That of run_pretraining.py may have fewer positions than a passage has by default, and says nothing of them."""
+    folder = save(tmp_path, tiny_model(mixlm.MixLMForPreTraining))
+    assert MixLMEncoder.from_pretrained(folder).encoding == Encoding(32, 32)
+    model = tiny_model(mixlm.MixLMModel)
+    model.config.max_position_embeddings = 100
+    assert Encoding.of(model) == Encoding(64, 100)
+
+
+def test_half_a_second_tower_is_no_tower(tmp_path):
+    tiny_model(mixlm.MixLMForRetrieval, two_towers=True).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    kept = load_file(file)
+    lost = max(name for name in kept if name.startswith("context_encoder."))
+    del kept[lost]
+    save_file(kept, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=f"lacks 1 weights of the encoder, such as {lost}"):
+        load_for_retrieval(str(tmp_path))
+
+
 def no_folder(folder):
     return folder / "nowhere"
 
@@ -155,6 +175,19 @@ def without_a_layer(folder):
     return folder
 
 
+def damaged_configuration(folder):
+    tiny_model(mixlm.MixLMForRetrieval).save_pretrained(folder)
+    (folder / "config.json").write_text('{"model_type": "mixlm", "hidden_size": [], "num_heads": "x"}')
+    return folder
+
+
+def another_shape(folder):
+    tiny_model(mixlm.MixLMForRetrieval).save_pretrained(folder)
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**values, "ff_dim": 2 * values["ff_dim"]}))
+    return folder
+
+
 def too_short(folder):
     return save(folder, tiny_model(mixlm.MixLMForRetrieval), Encoding(32, 33))
 
@@ -162,6 +195,12 @@ def too_short(folder):
 def another_encoding(folder):
     save(folder, tiny_model(mixlm.MixLMForRetrieval))
     (folder / "encoder.json").write_text('{"length": 5}')
+    return folder
+
+
+def not_text(folder):
+    save(folder, tiny_model(mixlm.MixLMForRetrieval))
+    (folder / "encoder.json").write_bytes(b"\xff")
     return folder
 
 
@@ -173,8 +212,11 @@ def another_encoding(folder):
         (not_weights, "cannot be loaded"),
         (of_another_library, "is of type bert; give one of mixlm or mixlm_switch"),
         (without_a_layer, "weights of the encoder, such as encoder."),
+        (damaged_configuration, "cannot be loaded"),
+        (another_shape, "cannot be loaded"),
         (too_short, "--max_passage_length=33: "),
         (another_encoding, "encoder.json: is not what run_ict.py writes"),
+        (not_text, "encoder.json: is not what run_ict.py writes"),
     ],
 )
 def test_what_cannot_encode_is_refused_in_one_line(tmp_path, make, message):

@@ -13,10 +13,10 @@ MODEL_CODE = ("configuration", "heads", "kernels", "modeling_mixlm", "modeling_s
 # Layers, top to bottom; a module imports from its own layer and from lower ones.
 LAYERS = [
     {"cli"},
-    {"profiling", "planning", "probing"},
+    {"profiling", "planning", "probing", "open_qa", "serving"},
     {"training", "retrieval"},
     {"evaluation", "reader", "encoder"},
-    {"data", "tokenization", "conversion"},
+    {"data", "tokenization", "conversion", "loading"},
     {"files"},
 ]
 ONLY_IN = {"fairscale": ("training", "sharding"), "faiss": ("retrieval", "index")}

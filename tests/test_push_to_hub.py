@@ -16,6 +16,9 @@ from remote_models import (
 )
 from safetensors.torch import load_file
 
+import mixlm
+from mixlm.encoder import Encoding
+
 PUSH = """
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 import mixlm  # the Auto classes know the models from here on
@@ -77,3 +80,23 @@ def test_push_and_load_by_name(family, tmp_path):
     auto_map = json.loads((elsewhere / "resaved" / "config.json").read_text("utf-8"))["auto_map"]
     assert auto_map == model.auto_classes
     assert code == {file.name for file in (elsewhere / "resaved").glob("*.py")}
+
+
+READ_SETTINGS = """
+from mixlm.encoder import Encoding, MixLMEncoder
+from mixlm.reader import Decoding
+assert MixLMEncoder.from_pretrained("someone/retriever").encoding == Encoding(9, 11, null_passage=True)
+assert Decoding.load("someone/retriever") is None
+assert Encoding.load("someone/retriever") == Encoding(9, 11, null_passage=True)
+"""
+
+
+def test_the_settings_beside_a_model_are_loaded_by_name_too(tmp_path):
+    tiny_model(mixlm.MixLMForRetrieval).save_pretrained(tmp_path / "local")
+    tiny_tokenizer().save_pretrained(tmp_path / "local")
+    Encoding(9, 11, null_passage=True).save(tmp_path / "local")
+    with HubStandIn() as hub:
+        hub.repositories["someone/retriever"] = {
+            file.name: file.read_bytes() for file in (tmp_path / "local").iterdir()
+        }
+        run_with_package(READ_SETTINGS, tmp_path, **hub.environment, HF_HOME=str(tmp_path / "home"))

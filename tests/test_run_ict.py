@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -251,6 +252,32 @@ def test_hard_negatives_are_trained_with_and_not_searched(run, tmp_path, capsys)
     folder = run(output_dir=tmp_path / "with", hard_negatives=file, num_hard_negatives=2, **given)
     assert capsys.readouterr().out.count("15 queries search 14 passages") == 2
     assert losses(folder)[0] > losses(without)[0]
+
+
+def test_paragraphs_of_all_articles_are_searched(run, capsys):
+    """Also those of articles that are neither trained on nor evaluated on."""
+    run(num_steps=1, train_articles="0:5", validation_articles="11:14")
+    everything = len(passages_of(read_squad(ENGLISH).examples))
+    assert f"15 queries search {everything} passages" in capsys.readouterr().out
+
+
+def test_the_candidates_of_a_question_are_counted(run):
+    """Questions of one paragraph share a candidate."""
+    folder = run(num_steps=3)
+    counts = [value for _, value in read_curves(folder)["train/ict_candidates"]]
+    assert len(counts) == 3 and all(1 < count <= 8 for count in counts)
+
+
+def test_a_batch_size_is_found_that_the_data_has(run, tmp_path, monkeypatch, capsys):
+    """Every question has three hard negatives, which count too."""
+    monkeypatch.setenv("MIXLM_CACHE", str(tmp_path / "cache"))
+    file = tmp_path / "negatives.jsonl"
+    negatives = [{"title": "", "text": f"Another text, number {number}."} for number in range(3)]
+    examples = read_squad(ENGLISH).examples
+    file.write_text("\n".join(json.dumps({"id": each.id, "negatives": negatives}) for each in examples), "utf-8")
+    run(train_batch_size=0, num_steps=1, eval_steps=1, hard_negatives=file, num_hard_negatives=3)
+    found = re.search(r"--train_batch_size (\d+)\n", capsys.readouterr().out)
+    assert 1 < int(found.group(1)) <= len(examples)
 
 
 def test_a_retriever_is_trained_on_as_it_is(run, tmp_path):

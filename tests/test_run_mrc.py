@@ -284,15 +284,20 @@ def test_an_answer_inside_a_token_cannot_be_expressed(run, tmp_path):
 
 
 def test_particles_are_dropped_if_that_is_better(run, tmp_path, capsys):
-    """What is learned ends in a particle; the references of an evaluation do not, and those of another do."""
+    """What is learned ends in a particle; the references of an evaluation do not, and those of another do.
+
+    Its questions are as long as those: where an answer stands is all that so small a model learns.
+    """
     files = {}
-    for name, ending in (("bare", ""), ("whole", "에서")):
+    texts = {"training": ("태어난 곳은?", "에서"), "bare": ("태어난 곳은!", ""), "whole": ("태어난 곳은!", "에서")}
+    for name, (question, ending) in texts.items():
         articles = [article(number) for number in range(12)]
         for paragraph in (paragraph for each in articles for paragraph in each["paragraphs"]):
             del paragraph["qas"][1:]
+            paragraph["qas"][0]["question"] = question
             paragraph["qas"][0]["answers"][0]["text"] += ending
         files[name] = write(tmp_path / f"{name}.json", articles)
-    given = {"train_file": files["whole"], "num_steps": 60, "learning_rate": 5e-3, "tune_decoding": True}
+    given = {"train_file": files["training"], "num_steps": 60, "learning_rate": 5e-3, "tune_decoding": True}
     for references, choice in (("bare", "dropped"), ("whole", "kept")):
         folder = run(**given, validation_file=files[references], resume="auto")
         found = results(folder)
@@ -421,3 +426,17 @@ def test_the_schedule_follows_from_the_data(given, processes, steps, warmup, eva
     arguments.fit_schedule(80, processes)
     found = arguments.num_steps, arguments.warmup_steps, arguments.eval_steps, arguments.scheduler_num_steps
     assert found == (steps, warmup, evaluations, steps)
+
+
+def test_what_is_evaluated_on_is_not_trained_on(run, tmp_path, capsys):
+    articles = [article(number) for number in range(4)]
+    given = {"train_file": write(tmp_path / "train.json", articles), "num_steps": 1}
+    given |= {"train_articles": None, "validation_articles": None}
+    with pytest.raises(UserError, match="--validation_file: 4 of its questions, such as '3-0-0', are trained on"):
+        run(**given, validation_file=write(tmp_path / "same.json", articles[3:]))
+    for paragraph in articles[3]["paragraphs"]:
+        for each in paragraph["qas"]:
+            each["question"] += "?"
+    run(**given, validation_file=write(tmp_path / "other.json", articles[3:]))
+    note = "4 questions to evaluate on, such as '3-0-0', are about texts that are trained on, with other questions"
+    assert note in capsys.readouterr().out

@@ -1,10 +1,10 @@
 """Does it carry over? `python fine_tune_one.py SPECIFICATION.json FOLDER`; what came of it is in FOLDER/result.json.
 
 A model that a study has kept is fine-tuned by run_mrc.py or run_ict.py for a budget of CPU minutes, and evaluated on
-articles that it was not trained on; with a budget of 0 it is evaluated as it is.
+articles that it was not trained on; with a budget of 0 it is evaluated as it is. It takes minutes: killed and started
+again it begins anew, with the steps that were timed at first.
 """
 
-import json
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -14,12 +14,12 @@ from unittest.mock import patch
 
 from metering import STEPS_BEFORE_TIMING, TIMED_STEPS, Meter, Steps, cost_of_a_step
 from models import PEERS, PeerForRetrieval
+from one_run import make_one
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import run_ict
 import run_mrc
 from mixlm.data.batching import Position
-from mixlm.errors import exits_on_user_error
 from mixlm.training.batches import TrainingBatches
 from mixlm.training.reading import ReadingArguments
 from mixlm.training.retrieval import RetrievalArguments
@@ -98,14 +98,5 @@ def fine_tune_one(specification: dict[str, Any], folder: Path) -> dict[str, Any]
     return {"steps": budget["num_steps"], "tokens": meter.tokens, "metrics": metrics}
 
 
-@exits_on_user_error
-def main(specification_file: str, folder: str) -> None:
-    """Make the run, and leave result.json in its folder."""
-    result = fine_tune_one(json.loads(Path(specification_file).read_text("utf-8")), Path(folder))
-    partial = Path(folder) / "result.partial"
-    partial.write_text(json.dumps(result), "utf-8")
-    partial.rename(Path(folder) / "result.json")
-
-
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    make_one(fine_tune_one, *sys.argv[1:])

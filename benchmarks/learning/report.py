@@ -24,6 +24,7 @@ DOCUMENTS = FOLDER.parents[1] / "docs"
 PAGE = DOCUMENTS / "experiments.md"
 FIGURE = DOCUMENTS / "learning.png"
 FIGURE_TABLE = "finalists"
+PLACES = 200  # of a drawn curve
 _TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -54,60 +55,83 @@ def lines_of(table: Path, results: Iterable[dict[str, Any]]) -> list[Line]:
 
 
 def markdown(lines: Sequence[Line]) -> str:
-    """A table in which each line that has results is compared with the first, seed by seed.
-
-    The difference of a line is the mean over the seeds that both have; what follows ± is the standard deviation.
-    """
-    base = lines[0].results
-    made = sum(len(line.results) for line in lines)
+    """A table of the lines that have results, and how many of its runs are made."""
+    made, planned = sum(len(line.results) for line in lines), sum(line.seeds for line in lines)
     if not made:
         return "Not run yet.\n"
-    if any(result.get("task") for line in lines for result in line.results.values()):
-        return task_markdown(lines)
-    rows = ["| | seeds | tokens seen | held-out loss (nats) | difference | accuracy | second objective |"]
-    rows.append("|---|---|---|---|---|---|---|")
-    for number, line in enumerate(lines):
+    is_of_tasks = any(result.get("task") for line in lines for result in line.results.values())
+    rows = (rows_of_tasks if is_of_tasks else rows_of_pretraining)(lines)
+    text = [f"| {' | '.join(rows[0])} |", "|---" * len(rows[0]) + "|"]
+    text += [f"| {' | '.join(map(str, row.values()))} |" for row in rows]
+    if made < planned:
+        text.append(f"\n{made} of {planned} runs are made.")
+    return "\n".join(text) + "\n"
+
+
+def rows_of_pretraining(lines: Sequence[Line]) -> list[dict[str, Any]]:
+    """Cells by the title of their column; each line is compared with the first, seed by seed.
+
+    The difference of a line is the mean over the seeds that both have; what follows ± is the standard deviation. Where
+    vocabularies differ, losses per token say nothing, and those per character are compared.
+    """
+    base = lines[0]
+    vocabularies = {result["vocabulary"] for line in lines for result in line.results.values()}
+    compared = loss_of if len(vocabularies) == 1 else loss_per_character
+    rows = []
+    for line in lines:
         results = list(line.results.values())
         if not results:
             continue
-        common = [seed for seed in line.results if seed in base and number]
-        differences = [loss_of(line.results[seed]) - loss_of(base[seed]) for seed in common]
+        common = [seed for seed in line.results if seed in base.results and line is not base]
+        differences = [compared(line.results[seed]) - compared(base.results[seed]) for seed in common]
+        one_seed = " (1 seed)" if len(common) == 1 else ""
         second = [result["metrics"].get("sop_accuracy", result["metrics"].get("ict_recall@1")) for result in results]
         tokens = statistics.mean(result["curve"][-1]["tokens"] for result in results)
-        cells = [
-            line.name,
-            len(results),
-            f"{tokens / 1000:,.0f}k",
-            spread(map(loss_of, results)),
-            spread(differences, sign="+"),
-            f"{100 * statistics.mean(result['metrics']['mlm_accuracy'] for result in results):.1f}%",
-            f"{100 * statistics.mean(second):.1f}%",
-        ]
-        rows.append(f"| {' | '.join(map(str, cells))} |")
-    planned = sum(line.seeds for line in lines)
-    if made < planned:
-        rows.append(f"\n{made} of {planned} runs are made.")
-    return "\n".join(rows) + "\n"
+        row = {**beginning_of_row(line), "tokens seen": f"{tokens / 1000:,.0f}k"}
+        row["held-out loss (nats)"] = spread(map(loss_of, results))
+        if compared is loss_per_character:
+            row["characters per token"] = f"{results[0]['characters_per_token']:.2f}"
+            row["nats per character"] = spread(map(loss_per_character, results))
+        row[f"difference to {base.name}"] = spread(differences, sign="+") + one_seed
+        row["accuracy"] = f"{100 * statistics.mean(result['metrics']['mlm_accuracy'] for result in results):.1f}%"
+        row["second objective"] = f"{100 * statistics.mean(second):.1f}%"
+        rows.append(row)
+    return rows
 
 
-def task_markdown(lines: Sequence[Line]) -> str:
-    """A table of fine-tunings: what each task is judged by, in percent."""
-    rows = ["| | seeds | steps | EM | F1 | accuracy@1 | MRR@10 |", "|---|---|---|---|---|---|---|"]
-    for line in lines:
-        results = list(line.results.values())
-        if results:
-            steps = f"{statistics.mean(result['steps'] for result in results):,.0f}"
-            cells = [
-                spread((result["metrics"][name] for result in results if name in result["metrics"]), digits=1)
-                for name in ("exact_match", "f1", "accuracy@1", "mrr@10")
-            ]
-            rows.append(f"| {' | '.join([line.name, str(len(results)), steps, *cells])} |")
-    return "\n".join(rows) + "\n"
+def rows_of_tasks(lines: Sequence[Line]) -> list[dict[str, Any]]:
+    """Cells by the title of their column: what each fine-tuning is judged by, in percent."""
+    judged_by = {"EM": "exact_match", "F1": "f1", "accuracy@1": "accuracy@1", "MRR@10": "mrr@10"}
+    rows = []
+    for line in filter(lambda line: line.results, lines):
+        metrics = [result["metrics"] for result in line.results.values()]
+        cells = {
+            title: spread((of_run[name] for of_run in metrics if name in of_run), digits=1)
+            for title, name in judged_by.items()
+        }
+        rows.append({**beginning_of_row(line), **cells})
+    return rows
+
+
+def beginning_of_row(line: Line) -> dict[str, Any]:
+    """The cells that all tables have; CPU minutes are there where they were the budget."""
+    results = list(line.results.values())
+    return {
+        "": line.name,
+        "seeds": f"{len(results)} of {line.seeds}",
+        "CPU minutes": results[0].get("minutes", ""),
+        "steps": f"{statistics.mean(result['steps'] for result in results):,.0f}",
+    }
 
 
 def loss_of(result: dict[str, Any]) -> float:
     """The held-out loss at the end, in nats per masked token."""
     return result["metrics"]["mlm_loss"]
+
+
+def loss_per_character(result: dict[str, Any]) -> float:
+    """The same in nats per character, as tokens are long on average."""
+    return loss_of(result) / result["characters_per_token"]
 
 
 def spread(values: Iterable[float], sign: str = "", digits: int = 3) -> str:
@@ -143,13 +167,22 @@ def tokens_of(result: dict[str, Any]) -> list[float]:
 
 
 def draw_curves(lines: Sequence[Line], file: Path) -> None:
-    """Held-out loss against CPU time and against tokens: the mean of the seeds, between the least and the greatest."""
+    """Held-out loss against CPU time and against tokens: the mean of the seeds, between the least and the greatest.
+
+    Seeds have their points at places of their own: they are compared where all of them have been, between points.
+    """
     figure, axes = pyplot.subplots(1, 2, figsize=(13, 5), sharey=True)
     for axis, label, abscissa in zip(axes, ("CPU minutes", "million tokens"), (minutes_of, tokens_of), strict=True):
         for line in filter(lambda line: line.results, lines):
             results = list(line.results.values())
-            losses = np.array([[point["mlm_loss"] for point in result["curve"]] for result in results])
-            places = np.mean([abscissa(result) for result in results], axis=0)
+            own_places = [abscissa(result) for result in results]
+            places = np.linspace(max(own[0] for own in own_places), min(own[-1] for own in own_places), PLACES)
+            losses = np.array(
+                [
+                    np.interp(places, own, [point["mlm_loss"] for point in result["curve"]])
+                    for own, result in zip(own_places, results, strict=True)
+                ]
+            )
             (drawn,) = axis.plot(places, losses.mean(axis=0), label=line.name, linewidth=1.6)
             axis.fill_between(places, losses.min(axis=0), losses.max(axis=0), color=drawn.get_color(), alpha=0.2)
         unigram = next(line.results for line in lines if line.results)

@@ -13,10 +13,10 @@ is `minutes` of CPU time, `tokens`, or `steps`. A line can also have `candidates
 such as [{"from": 0.5, "max_seq_length": 128}], which change arguments at a share of the steps; `held_out`, arguments
 of the text it is judged on; `vocabulary`, the size of the tokenizer; and `keep_model`, to leave the model in the work
 folder's models/KEY. Every run has one thread. Results are lines of results.jsonl; what is there already is not made
-again, and a run that was killed goes on from its last checkpoint.
+again, and a run that was killed goes on from its last checkpoint (with a task: begins anew).
 
 A line with a `task` ("reading" or "retrieval", see fine_tune_one.py) fine-tunes the model that the line `of` of
-tables/finalists.jsonl has kept for the same seed.
+tables/finalists.jsonl has kept for the same seed, and is made again when that line has changed.
 """
 
 import argparse
@@ -78,14 +78,31 @@ def read_table(file: Path) -> list[dict[str, Any]]:
             raise UserError(f"{where}: {missing[0]!r} is missing")
         if len(set(fields) & set(BUDGETS)) != 1:
             raise UserError(f"{where}: give one of {', '.join(BUDGETS)}")
-        seeds = fields.pop("seeds")
-        runs += [{**OPTIONAL, **fields, "seed": seed} for seed in seeds]
+        for seed in fields.pop("seeds"):
+            run = {**OPTIONAL, **fields, "seed": seed}
+            runs.append({**run, "source_key": key_of_source(run, where)} if run["task"] else run)
     return runs
 
 
+def key_of_source(run: dict[str, Any], where: str) -> str:
+    """The key of the run whose model a run with a task fine-tunes.
+
+    Raises:
+        UserError: there is no such run, or it does not keep its model.
+    """
+    for each in read_table(KEPT_MODELS):
+        if (each["name"], each["seed"]) == (run["of"], run["seed"]):
+            if not each["keep_model"]:
+                raise UserError(
+                    f'{where}: {run["of"]!r} of {KEPT_MODELS} does not keep its model; give "keep_model": true'
+                )
+            return key_of(each)
+    raise UserError(f"{where}: {KEPT_MODELS} has no {run['of']!r} with seed {run['seed']}")
+
+
 def key_of(run: dict[str, Any]) -> str:
-    """What tells a run from others: all that is in it but its name."""
-    told = {name: value for name, value in run.items() if name != "name" and OPTIONAL.get(name) != value}
+    """What tells a run from others: all that is in it but its name, and the key but not the name of its source."""
+    told = {name: value for name, value in run.items() if name not in ("name", "of") and OPTIONAL.get(name) != value}
     content = json.dumps(told, sort_keys=True)
     return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
 
@@ -120,11 +137,10 @@ def source_of(run: dict[str, Any], work: Path) -> str:
     Raises:
         UserError: no such model was kept.
     """
-    kept = [each for each in read_table(KEPT_MODELS) if (each["name"], each["seed"]) == (run["of"], run["seed"])]
-    folder = work / "models" / (key_of(kept[0]) if kept else "")
-    if not kept or not folder.is_dir():
+    folder = work / "models" / run["source_key"]
+    if not folder.is_dir():
         raise UserError(
-            f"{run['name']}: no model of {run['of']!r}, seed {run['seed']} was kept; make {KEPT_MODELS} first"
+            f"{run['name']}: {work} has no model of {run['of']!r}, seed {run['seed']}; make {KEPT_MODELS} there first"
         )
     return str(folder)
 
@@ -188,6 +204,9 @@ def main() -> None:
     if any(run["task"] for run in due) and arguments.questions is None:
         raise UserError("--questions is missing: some lines have a task")
     work = arguments.work_dir.resolve()
+    for run in due:
+        if run["task"]:
+            source_of(run, work)  # what is missing is said before hours of other runs
     work.mkdir(parents=True, exist_ok=True)
     for vocabulary in sorted({run["vocabulary"] for run in due}):
         prepare_tokenizer(arguments.corpus_path, vocabulary, work)

@@ -2,7 +2,7 @@
 
 It is the loop, the data and the held-out loss of run_pretraining.py. What is added is the budget: CPU time, which
 other programs on the machine do not use up, becomes a number of steps by timing a few of them first. Killed and
-started again, it goes on from its last checkpoint.
+started again, it goes on from the last checkpoint at which the curve has a point, and ends as if nothing had been.
 """
 
 import json
@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from candidates import NEW_MODELS, TRAININGS
 from metering import STEPS_BEFORE_TIMING, TIMED_STEPS, Meter, cost_of_a_step
 from models import PEERS, build_model, parameter_counts
+from one_run import make_one
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -27,11 +28,11 @@ from mixlm.data.batching import Position, evaluation_batches
 from mixlm.data.corpus import Document, read_documents
 from mixlm.data.examples import SentenceOrderExamples
 from mixlm.data.store import TokenizedCorpus, open_corpus
-from mixlm.errors import exits_on_user_error
+from mixlm.files import write_whole
 from mixlm.tokenization import load_tokenizer
 from mixlm.training.arguments import PretrainingArguments
 from mixlm.training.batches import TrainingBatches
-from mixlm.training.checkpoint import checkpoints_in, step_of
+from mixlm.training.checkpoint import checkpoints_in, prune, step_of
 from mixlm.training.evaluation import evaluate_pretraining, unigram_log_probabilities
 from mixlm.training.loop import train
 from mixlm.training.objectives import Batch
@@ -154,6 +155,15 @@ def number_of_steps(specification: dict[str, Any], cost: Callable[[], tuple[floa
     return max(FEWEST_POINTS, round(60 * specification["minutes"] / seconds))
 
 
+def step_with_point(checkpoints: Path, curve: list[dict[str, float]]) -> int:
+    """The step of the newest checkpoint at which the curve has a point, and 0 if there is none; others are deleted."""
+    steps = {point["step"] for point in curve}
+    kept = [path for path in checkpoints_in(checkpoints) if step_of(path) in steps][-1:]
+    if checkpoints.is_dir():
+        prune(checkpoints, kept)
+    return step_of(kept[0]) if kept else 0
+
+
 def train_one(specification: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Train to the end of the budget; returns what is to be written down.
 
@@ -195,12 +205,13 @@ def train_one(specification: dict[str, Any], folder: Path) -> dict[str, Any]:
         warmup_steps=int(WARMUP_SHARE * steps),
         eval_steps=point_steps,
         save_steps=point_steps,  # so that where a run goes on, its cost until there is known
-        save_total_limit=1,
+        # The newest can be without a point: one is written wherever a run is stopped, and the last before its point.
+        save_total_limit=2,
         resume="auto",
     )
     curve_file = folder / "curve.jsonl"
     curve = [json.loads(line) for line in curve_file.read_text().splitlines()] if curve_file.is_file() else []
-    done = max(map(step_of, checkpoints_in(arguments.run_folder / CHECKPOINTS)), default=0)
+    done = step_with_point(arguments.run_folder / CHECKPOINTS, curve)
     curve = [point for point in curve if point["step"] <= done]
     meter = Meter(curve[-1]["cpu_seconds"], curve[-1]["tokens"]) if curve else Meter()
 
@@ -212,8 +223,10 @@ def train_one(specification: dict[str, Any], folder: Path) -> dict[str, Any]:
             held_out.limit(CURVE_EXAMPLES)
         batches = evaluation_batches(held_out, arguments.train_batch_size, tokenizer.pad_token_id)
         metrics = evaluate_pretraining(engine, batches, accelerator, unigram)
-        curve.append({"step": step, "cpu_seconds": meter.seconds, "tokens": meter.tokens, **metrics})
-        curve_file.write_text("".join(json.dumps(point) + "\n" for point in curve))
+        # Killed after its end and before its result, a run is judged at its end once more.
+        before = [point for point in curve if point["step"] < step]
+        curve[:] = [*before, {"step": step, "cpu_seconds": meter.seconds, "tokens": meter.tokens, **metrics}]
+        write_whole(curve_file, "".join(json.dumps(point) + "\n" for point in curve))
         meter.resume()
         return metrics
 
@@ -239,14 +252,5 @@ def characters_per_token(tokenizer: PreTrainedTokenizerBase, documents: list[Doc
     return sum(map(len, sentences)) / tokens
 
 
-@exits_on_user_error
-def main(specification_file: str, folder: str) -> None:
-    """Make the run, and leave result.json in its folder."""
-    result = train_one(json.loads(Path(specification_file).read_text("utf-8")), Path(folder))
-    partial = Path(folder) / "result.partial"
-    partial.write_text(json.dumps(result), "utf-8")
-    partial.rename(Path(folder) / "result.json")
-
-
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    make_one(train_one, *sys.argv[1:])

@@ -9,11 +9,13 @@ import sys
 from itertools import takewhile
 
 from ..errors import UserError, exits_on_user_error
+from .ask import add_ask_parser
 from .costs import add_plan_parser, add_profile_parser
+from .index import add_encode_parser, add_index_parser
+from .mine import add_mine_parser
 from .models import add_convert_parser, add_fill_mask_parser, add_read_parser
-from .retrieval import add_evaluate_parser
 from .runs import add_report_parser, add_verify_engines_parser
-from .search import add_encode_parser, add_index_parser, add_search_parser, add_tune_parser
+from .search import add_evaluate_parser, add_search_parser, add_tune_parser
 from .tables import did_you_mean
 from .tokenizer import add_tokenizer_parser
 
@@ -60,6 +62,8 @@ def main(argv: list[str] | None = None) -> None:
     add_index_parser(subparsers)
     add_search_parser(subparsers)
     add_tune_parser(subparsers)
+    add_mine_parser(subparsers)
+    add_ask_parser(subparsers)
     add_evaluate_parser(subparsers)
     add_report_parser(subparsers)
     add_profile_parser(subparsers)

@@ -1,91 +1,27 @@
-"""`mixlm encode`, `index`, `search` and `tune`: finding passages."""
+"""`mixlm search`, `tune` and `evaluate`: finding passages, and how good what is found is."""
 
 import argparse
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError, one_line
+from .finding import add_index_arguments, add_mode_argument, mode_of, open_search
+from .index import add_window_argument
 from .tables import table
 
 if TYPE_CHECKING:
-    from ..retrieval.hits import PassageHit
+    from ..retrieval.hits import Found
     from ..retrieval.index import Index
-    from ..retrieval.search import Search
-
-MODES = ("lexical", "dense", "hybrid")
 
 _SHOWN_CHARACTERS = 200  # of a passage, under --query
-
-
-def add_index_parser(subparsers) -> None:
-    """Add `mixlm index`."""
-    parser = subparsers.add_parser(
-        "index",
-        help="make passages searchable",
-        description=(
-            "Build an index for mixlm search out of what mixlm encode has written, or, for search by common terms "
-            "alone, out of passages: JSON lines with id, text and title; tab-separated id, text and title; "
-            "SQuAD-style .json, whose paragraphs are passages; .dat documents, cut into windows of whole sentences; "
-            "a BEIR folder. Also .gz and .xz."
-        ),
-        epilog=(
-            "examples:\n  mixlm index --vectors vectors --out index\n"
-            "  mixlm index --passages passages.jsonl --lexical_only --out index"
-        ),
-    )
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--vectors", type=Path, metavar="DIR", help="what mixlm encode has written, with its passages")
-    source.add_argument("--passages", type=Path, nargs="+", metavar="PATH", help="files or folders")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the index; an older one is replaced")
-    parser.add_argument(
-        "--lexical_only", action="store_true", help="of --passages: search by common terms alone (BM25)"
-    )
-    kinds = parser.add_mutually_exclusive_group()
-    for kind, text in (
-        ("exact", "of --vectors: look at every vector (default)"),
-        ("hnsw", "of --vectors: a graph of neighbours; fast, slow to build"),
-        ("ivfpq", "of --vectors: lists of short codes; fast with little memory, for 10,000 passages or more"),
-    ):
-        kinds.add_argument(f"--{kind}", dest="kind", action="store_const", const=kind, help=text)
-    parser.add_argument(
-        "--morphemes",
-        action="store_true",
-        help="terms are morphemes that Kiwi finds (slower), and not pairs of neighbouring syllables",
-    )
-    add_window_argument(parser)
-    parser.set_defaults(run=index_verb)
-
-
-def add_encode_parser(subparsers) -> None:
-    """Add `mixlm encode`."""
-    parser = subparsers.add_parser(
-        "encode",
-        help="turn passages into vectors",
-        description=(
-            "Write the vectors of passages, in shards. Killed and started again, it goes on; over changed passages it "
-            "encodes what is new. Forms of passages: see mixlm index --help."
-        ),
-        epilog="example:\n  mixlm encode --model my-retriever --passages passages.jsonl --out vectors",
-    )
-    parser.add_argument("--model", required=True, metavar="DIR", help="what run_ict.py has written, or a Hub name")
-    parser.add_argument("--passages", type=Path, nargs="+", required=True, metavar="PATH", help="files or folders")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the vectors")
-    parser.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="default: %(default)s")
-    parser.add_argument("--batch_size", type=int, default=64, metavar="N", help="texts at once (default: %(default)s)")
-    parser.add_argument("--processes", type=int, default=1, metavar="N", help="that encode (default: %(default)s)")
-    add_window_argument(parser)
-    parser.set_defaults(run=encode_verb)
-
-
-def add_window_argument(parser: argparse.ArgumentParser) -> None:
-    """Add `--window_characters`, of the verbs that read passages."""
-    parser.add_argument(
-        "--window_characters",
-        type=int,
-        default=600,
-        metavar="N",
-        help="longest passage cut out of a .dat document (default: %(default)s)",
-    )
+_QUERIES_HELP = "JSON lines with id and text, or SQuAD-style .json"
+_QRELS_HELP = (
+    "relevance judgements: query 0 passage grade (TREC), or the three columns of BEIR with their header; or "
+    "SQuAD-style .json, whose questions are to find their own paragraph"
+)
 
 
 def add_search_parser(subparsers) -> None:
@@ -93,28 +29,29 @@ def add_search_parser(subparsers) -> None:
     parser = subparsers.add_parser(
         "search",
         help="find passages in an index",
-        description="Print the passages found for a question, or write those of many questions as a TREC run.",
+        description=(
+            "Print the passages found for a question, or write those of many questions: as a TREC run, or where the "
+            "name ends in .jsonl as JSON, with titles and texts. A question without any word has none. Of an encoder "
+            "that was trained with --null_passage it is also told whether any passage answers the question."
+        ),
         epilog=(
             'examples:\n  mixlm search --index index --mode lexical --query "한글은 누가 만들었나?"\n'
-            "  mixlm search --index index --model my-retriever --queries questions.jsonl --out hits.trec"
+            "  mixlm search --index index --queries questions.jsonl --out hits.trec"
         ),
     )
-    parser.add_argument("--index", type=Path, required=True, metavar="DIR", help="what mixlm index has built")
-    parser.add_argument("--model", metavar="DIR", help="what has encoded the passages; not for lexical search")
+    add_index_arguments(parser)
     questions = parser.add_mutually_exclusive_group(required=True)
     questions.add_argument("--query", metavar="TEXT", help="a question, whose hits are printed")
-    questions.add_argument(
-        "--queries", type=Path, metavar="FILE", help="many: JSON lines with id and text, or SQuAD-style .json"
-    )
+    questions.add_argument("--queries", type=Path, metavar="FILE", help=f"many: {_QUERIES_HELP}")
     parser.add_argument(
-        "--out", type=Path, metavar="RUN", help="of --queries: lines of query Q0 passage rank score tag"
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="of --queries: lines of query Q0 passage rank score tag; in a .jsonl, an object for each question",
     )
+    parser.add_argument("--json", action="store_true", help="of --query: print one object")
     parser.add_argument("--top_k", type=int, default=20, metavar="N", help="most hits of a question (default: 20)")
-    parser.add_argument(
-        "--mode",
-        choices=MODES,
-        help="by common terms, by vectors, or by both (default: hybrid where the index has vectors, else lexical)",
-    )
+    add_mode_argument(parser)
     parser.add_argument(
         "--verify", action="store_true", help="encode some passages again first, and compare their vectors"
     )
@@ -132,115 +69,120 @@ def add_tune_parser(subparsers) -> None:
             "rank fusion is better than every weight, hybrid search stays with it. An index that is built again has "
             "to be tuned again."
         ),
-        epilog="example:\n  mixlm tune --index index --model my-retriever --queries dev.jsonl --qrels dev.tsv",
+        epilog=(
+            "examples:\n  mixlm tune --index index --queries dev.jsonl --qrels dev.tsv\n"
+            "  mixlm tune --index index --queries KorQuAD.json --qrels KorQuAD.json --articles 0:110"
+        ),
     )
-    parser.add_argument(
-        "--index", type=Path, required=True, metavar="DIR", help="what mixlm index --vectors has built"
-    )
-    parser.add_argument("--model", required=True, metavar="DIR", help="what has encoded the passages")
-    parser.add_argument(
-        "--queries", type=Path, required=True, metavar="FILE", help="JSON lines with id and text, or SQuAD-style .json"
-    )
-    parser.add_argument(
-        "--qrels", type=Path, required=True, metavar="FILE", help="relevance judgements, of TREC or BEIR"
-    )
+    add_index_arguments(parser)
+    parser.add_argument("--queries", type=Path, required=True, metavar="FILE", help=_QUERIES_HELP)
+    parser.add_argument("--qrels", type=Path, required=True, metavar="FILE", help=_QRELS_HELP)
+    _add_articles_argument(parser)
     parser.set_defaults(run=tune_verb)
 
 
-def encode_verb(arguments: argparse.Namespace) -> None:
-    """`mixlm encode`."""
-    for name in ("batch_size", "processes"):
-        if getattr(arguments, name) < 1:
-            raise UserError(f"--{name} {getattr(arguments, name)}: must be 1 or more")
-    from transformers.utils.logging import disable_progress_bar
-
-    from ..data.passages import read_passages
-    from ..retrieval.vectors import encode_passages
-
-    disable_progress_bar()
-    count = encode_passages(
-        read_passages(arguments.passages, window_characters=arguments.window_characters),
-        arguments.model,
-        arguments.out,
-        dtype=arguments.dtype,
-        batch_size=arguments.batch_size,
-        processes=arguments.processes,
+def add_evaluate_parser(subparsers) -> None:
+    """Add `mixlm evaluate`."""
+    parser = subparsers.add_parser(
+        "evaluate",
+        help="score the hits of a search against relevance judgements",
+        description=(
+            "Print accuracy@k (a relevant passage is among the first k), MRR, nDCG, MAP and recall of the hits in a "
+            "TREC run, as trec_eval -c computes them. With --compare also how much better they are than those of "
+            "another system for the same queries, with a 95% interval (bootstrap) and a p value (randomization test)."
+        ),
+        epilog=(
+            "examples:\n  mixlm evaluate --hits dense.trec --qrels qrels.tsv --compare bm25.trec\n"
+            "  mixlm evaluate --hits hits.trec --qrels KorQuAD.json --articles 110:140 --passages KorQuAD.json\n"
+            "  mixlm evaluate --hits dense.trec --beir scifact --split test --json"
+        ),
     )
-    print(f"{arguments.out}: the vectors of {count:,} passages")
-
-
-def index_verb(arguments: argparse.Namespace) -> None:
-    """`mixlm index`."""
-    if arguments.passages and not arguments.lexical_only:
-        raise UserError(
-            "--passages are for --lexical_only; for vectors, run mixlm encode first and give its --vectors"
-        )
-    if arguments.passages and arguments.kind:
-        raise UserError(f"--{arguments.kind} is for --vectors; leave it out")
-    if arguments.vectors and arguments.lexical_only:
-        raise UserError("--lexical_only is for --passages; leave it out, and search with --mode lexical")
-    from ..data.passages import read_passages
-    from ..retrieval.analysers import BigramAnalyser, MorphemeAnalyser
-    from ..retrieval.index import build_index
-
-    analyser = MorphemeAnalyser() if arguments.morphemes else BigramAnalyser()
-    if arguments.passages:
-        vectors, kind = None, ""
-        passages = read_passages(arguments.passages, window_characters=arguments.window_characters)
-    else:
-        from ..retrieval.vectors import StoredVectors
-
-        vectors, kind = StoredVectors(arguments.vectors), arguments.kind or "exact"
-        passages = vectors.passages()
-    manifest = build_index(passages, arguments.out, analyser, vectors, kind)
-    print(f"{manifest['passages']['count']:,} passages: {arguments.out}")
-    if "recall@10" in manifest.get("dense", {}):
-        print(f"{manifest['dense']['recall@10']:.1%} of the 10 nearest are found (recall@10 of moved passage vectors)")
+    parser.add_argument(
+        "--hits", type=Path, required=True, metavar="RUN", help="a TREC run: query Q0 passage rank score tag"
+    )
+    judgements = parser.add_mutually_exclusive_group(required=True)
+    judgements.add_argument("--qrels", type=Path, metavar="FILE", help=_QRELS_HELP)
+    judgements.add_argument("--beir", type=Path, metavar="FOLDER", help="a data set in BEIR's layout")
+    parser.add_argument("--split", metavar="NAME", help="of --beir (default: test)")
+    _add_articles_argument(parser)
+    parser.add_argument(
+        "--passages",
+        type=Path,
+        nargs="+",
+        metavar="PATH",
+        help="with SQuAD-style --qrels: what was searched, for answer_accuracy@k (an answer is in one of the first k)",
+    )
+    add_window_argument(parser)
+    parser.add_argument("--compare", type=Path, metavar="RUN", help="the hits of another system")
+    parser.add_argument("--json", action="store_true", help="one object; metrics are in percent there too")
+    parser.set_defaults(run=evaluate_verb)
 
 
 def search_verb(arguments: argparse.Namespace) -> None:
     """`mixlm search`."""
+    out = arguments.out
     if arguments.top_k < 1:
         raise UserError(f"--top_k {arguments.top_k}: must be 1 or more")
-    if (arguments.queries is None) != (arguments.out is None):
+    if (arguments.queries is None) != (out is None):
         raise UserError("--queries and --out belong together; give --query alone to see its hits")
-    if arguments.out is not None and not arguments.out.parent.is_dir():
-        raise UserError(f"--out {arguments.out}: no such folder; make it first")
+    if arguments.json and out is not None:
+        raise UserError("--json is for --query; leave it out, and let the name of --out end in .jsonl")
+    if out is not None and not out.parent.is_dir():
+        raise UserError(f"--out {out}: no such folder; make it first")
     from tqdm import tqdm
 
-    from ..evaluation.retrieval_files import write_run
+    from ..data.text_files import plain_suffix, write_text
+    from ..evaluation.retrieval_files import read_queries, require_words, write_run
     from ..retrieval.index import open_index
 
-    queries = {"": arguments.query} if arguments.queries is None else _read_questions(arguments.queries)
+    if out is not None and plain_suffix(out) == ".json":
+        raise UserError(f"--out {out}: as JSON, hits are written a question a line; name it .jsonl")
+    queries = {"": _asked(arguments.query)} if arguments.queries is None else read_queries(arguments.queries)
+    is_run = out is not None and plain_suffix(out) != ".jsonl"
+    if is_run:
+        require_words(queries)
     index = open_index(arguments.index)
-    mode = arguments.mode or ("lexical" if index.dense is None else "hybrid")
+    mode = mode_of(index, arguments)
     if arguments.verify and mode == "lexical":
         raise UserError("--verify is for search by vectors; leave it out")
-    find = index.lexical.search if mode == "lexical" else getattr(_open_search(index, arguments, mode), mode)
-    hits = find(list(queries.values()), arguments.top_k)
-    if arguments.queries is None:
-        _print_hits(index, next(hits))
+    search = index if mode == "lexical" else open_search(index, arguments)
+    if arguments.verify:
+        print(f"{search.verify()} passages were encoded again: their vectors are those of the index")
+    find = index.find if mode == "lexical" else getattr(search, mode)
+    found = find(list(queries.values()), arguments.top_k)
+    if out is None:
+        _print(index, arguments.query, next(found), arguments.json)
         return
-    progress = tqdm(hits, desc="searching", total=len(queries), unit=" questions", delay=2)
-    run = {
-        query: [(index.passages.id_of_row(row), score) for row, score in of_query]
-        for query, of_query in zip(queries, progress, strict=True)
-    }
-    write_run(arguments.out, run)
-    print(f"{mode} hits of {len(queries):,} questions: {arguments.out}")
+    progress = tqdm(found, desc="searching", total=len(queries), unit=" questions", delay=2)
+    answered: Counter[bool | None] = Counter()
+
+    def of_queries() -> "Iterator[tuple[str, Found]]":
+        for query, of_query in zip(queries, progress, strict=True):
+            answered[of_query.has_answer] += 1
+            yield query, of_query
+
+    if is_run:
+        ids = index.passages.id_of_row
+        write_run(out, {query: [(ids(row), score) for row, score in each.hits] for query, each in of_queries()})
+    else:
+        records = ({"id": query, **_record(index, queries[query], each)} for query, each in of_queries())
+        write_text(out, (json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    print(f"{mode} hits of {len(queries):,} questions: {out}")
+    if answered[True] or answered[False]:
+        print(f"no passage answers {answered[False]:,} of them: the passage without text is nearer")
 
 
 def tune_verb(arguments: argparse.Namespace) -> None:
     """`mixlm tune`."""
-    from ..evaluation.retrieval_files import read_qrels
+    from ..evaluation.retrieval_files import read_queries
     from ..retrieval.index import open_index
     from ..retrieval.search import best_weight
 
-    queries, qrels = _read_questions(arguments.queries), read_qrels(arguments.qrels)
+    queries, (qrels, _) = read_queries(arguments.queries), _judgements(arguments.qrels, arguments.articles)
     index = open_index(arguments.index)
-    scores = _open_search(index, arguments, "hybrid").tune(queries, qrels)
+    scores = open_search(index, arguments).tune(queries, qrels)
     weight = best_weight(scores)
-    index.store_tuning({"weight": weight, "mrr@10": round(scores[weight], 4)})
+    index.store_tuning("hybrid", {"weight": weight, "mrr@10": round(scores[weight], 4)})
     rows = [("weight of dense scores", "mrr@10", "")]
     for each, score in scores.items():
         name = "reciprocal rank fusion" if each is None else f"{each:.1f}"
@@ -248,37 +190,110 @@ def tune_verb(arguments: argparse.Namespace) -> None:
     print(table(rows))
 
 
-def _open_search(index: "Index", arguments: argparse.Namespace, mode: str) -> "Search":
-    """A search by vectors, with `--model` and, if asked for, `--verify`."""
-    if arguments.model is None:
-        raise UserError(f"{mode} search needs --model, what has encoded the passages; or search with --mode lexical")
-    from transformers.utils.logging import disable_progress_bar
+def evaluate_verb(arguments: argparse.Namespace) -> None:
+    """`mixlm evaluate`."""
+    if arguments.split is not None and arguments.beir is None:
+        raise UserError("--split is for --beir; leave it out")
+    from ..data.passages import read_passages
+    from ..evaluation.retrieval import answer_scores, mean_percent, paired_difference, query_counts, ranking_scores
+    from ..evaluation.retrieval_files import beir_files, read_run
 
-    from ..encoder import MixLMEncoder
-    from ..retrieval.search import Search
+    file = arguments.qrels or beir_files(arguments.beir, arguments.split or "test").qrels
+    qrels, answers = _judgements(file, arguments.articles)
+    if arguments.passages and answers is None:
+        raise UserError("--passages are for SQuAD-style .json as --qrels, which has answers to look for; leave it out")
+    runs = {"hits": arguments.hits} | ({"compare": arguments.compare} if arguments.compare else {})
+    hits = {name: read_run(run) for name, run in runs.items()}
+    for name, run in runs.items():
+        if hits[name].keys().isdisjoint(qrels):
+            raise UserError(
+                f"{run}: no query is judged in {file} (such as '{next(iter(hits[name]))}' here and "
+                f"'{next(iter(qrels))}' there); give files with the same ids"
+            )
+    scores = {name: ranking_scores(of_run, qrels) for name, of_run in hits.items()}
+    if arguments.passages:
+        found = {passage for of_run in hits.values() for of_query in of_run.values() for passage, _ in of_query}
+        passages = read_passages(arguments.passages, window_characters=arguments.window_characters)
+        texts = {passage.id: passage.text for passage in passages if passage.id in found}
+        for name, of_run in hits.items():
+            by_answer = answer_scores(of_run, texts, answers)
+            scores[name].update((f"answer_{accuracy}", of_queries) for accuracy, of_queries in by_answer.items())
+    means = {name: {metric: mean_percent(each) for metric, each in scores[name].items()} for name in runs}
+    counts = {name: query_counts(of_run, qrels) for name, of_run in hits.items()}
+    differences = {}
+    if arguments.compare:
+        others = scores["compare"]
+        differences = {metric: paired_difference(each, others[metric]) for metric, each in scores["hits"].items()}
 
-    disable_progress_bar()
-    search = Search(index, MixLMEncoder.from_pretrained(arguments.model))
-    if getattr(arguments, "verify", False):
-        print(f"{search.verify()} passages were encoded again: their vectors are those of the index")
-    return search
+    if arguments.json:
+        compared = {"difference": {name: each._asdict() for name, each in differences.items()}} if differences else {}
+        print(json.dumps({name: means[name] | counts[name] for name in runs} | compared, ensure_ascii=False))
+        return
+    heads = ("difference", "from", "to", "p") if differences else ()
+    rows = [("", *runs, *heads, "")]
+    for metric in means["hits"]:
+        cells = [f"{of_run[metric]:.2f}" for of_run in means.values()]
+        if differences:
+            *points, p_value = differences[metric]
+            cells += [*(f"{value:+.2f}" for value in points), f"{p_value:.4f}"]
+        rows.append((metric, *cells, "%"))
+    remarks = {
+        "total": "queries with judgements",
+        "missing": "of them without hits, which score 0",
+        "without_relevant": "of them without a relevant passage, which score 0",
+        "unjudged": "queries with hits and without judgements, left out",
+    }
+    for name, remark in remarks.items():
+        rows.append((name, *(f"{of_run[name]:,}" for of_run in counts.values()), *("" for _ in heads), remark))
+    print(table(rows))
 
 
-def _print_hits(index: "Index", hits: "list[PassageHit]") -> None:
-    if not hits:
-        print("no passage is found for this question")
-    for rank, (row, score) in enumerate(hits, start=1):
+def _add_articles_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--articles", metavar="RANGE", help="of SQuAD-style --qrels: the questions of these alone, such as 110:140"
+    )
+
+
+def _judgements(file: Path, articles: str | None) -> tuple[Mapping[str, Mapping[str, int]], Mapping | None]:
+    """Relevance judgements and, of a SQuAD-style file, answers."""
+    from ..evaluation.retrieval_files import is_squad, read_qrels, read_squad_judgements
+
+    if is_squad(file):
+        return read_squad_judgements(file, articles)
+    if articles is not None:
+        raise UserError("--articles are of SQuAD-style .json as --qrels; leave it out")
+    return read_qrels(file), None
+
+
+def _asked(query: str) -> str:
+    """The question of `--query`: what of it is not UTF-8, Python has as halves of surrogate pairs."""
+    try:
+        query.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"--query: character {error.start} is no text; write the question in UTF-8") from error
+    return query
+
+
+def _record(index: "Index", question: str, found: "Found") -> dict[str, Any]:
+    """What was found, as JSON has it."""
+    hits = []
+    for rank, (row, score) in enumerate(found.hits, start=1):
         passage = index.passages[row]
-        text = one_line(passage.text)
+        hits.append({"rank": rank, "id": passage.id, "score": score, "title": passage.title, "text": passage.text})
+    answered = {"has_answer": found.has_answer, "empty_passage_score": found.empty_score}
+    return {"question": question, **(answered if found.has_answer is not None else {}), "hits": hits}
+
+
+def _print(index: "Index", question: str, found: "Found", as_json: bool) -> None:
+    record = _record(index, question, found)
+    if as_json:
+        print(json.dumps(record, ensure_ascii=False))
+        return
+    if not found.hits:
+        print("no passage is found for this question")
+    elif found.has_answer is False:
+        print("no passage answers this question; the nearest are:")
+    for hit in record["hits"]:
+        text = one_line(hit["text"])
         shown = text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + "..."
-        print(f"{rank}  {score:.4g}  {passage.id}  {passage.title}\n   {shown}")
-
-
-def _read_questions(file: Path) -> dict[str, str]:
-    """Questions by id."""
-    from ..data.squad import plain_suffix, read_squad
-    from ..evaluation.retrieval_files import read_queries
-
-    if plain_suffix(file) != ".json":
-        return read_queries(file)
-    return {example.id: example.question for example in read_squad(file, to_learn_from=False).examples}
+        print(f"{hit['rank']}  {hit['score']:.4g}  {hit['id']}  {hit['title']}\n   {shown}")

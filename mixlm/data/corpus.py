@@ -5,16 +5,14 @@ Text is composed to NFC: a Hangul syllable written as its letters (as file syste
 character that the vocabulary has.
 """
 
-import gzip
-import lzma
 import re
 import unicodedata
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
+from mixlm.data.text_files import numbered_lines
 from mixlm.errors import UserError
 
 if TYPE_CHECKING:
@@ -189,14 +187,6 @@ def _load_dataset(path: Path, name: str):
     return load_dataset(name)
 
 
-def _open_binary(file: Path) -> BinaryIO:
-    if file.suffix == ".xz":
-        return lzma.open(file, "rb")
-    if file.suffix == ".gz":
-        return gzip.open(file, "rb")
-    return open(file, "rb")
-
-
 def _read_file(file: Path) -> Iterator[Document]:
     sentences: list[str] = []
     first_line = 0
@@ -219,34 +209,3 @@ def _read_file(file: Path) -> Iterator[Document]:
         yield Document(sentences, str(file), first_line)
     elif not has_sentences:
         raise UserError(f"{file}: the file has no sentence; remove it, or put text there, one sentence a line")
-
-
-def numbered_lines(file: Path) -> Iterator[tuple[int, str]]:
-    """Stream the lines of a UTF-8 file, decompressed where its name ends in .xz or .gz, with their numbers from 1.
-
-    A line keeps its end; a byte order mark is left out. Each is decoded by itself so that an error can name its byte.
-
-    Raises:
-        UserError: the file cannot be read, is damaged or is not UTF-8.
-    """
-    number = offset = 0
-    text = "decompressed text" if file.suffix in (".xz", ".gz") else "text"
-    try:
-        with _open_binary(file) as stream:
-            for number, line in enumerate(stream, start=1):
-                decoded = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                yield number, decoded
-                offset += len(line)
-    except UnicodeDecodeError as error:
-        position = offset + error.start
-        raise UserError(
-            f"{file}, line {number}: byte 0x{error.object[error.start]:02x} at offset {position} of the {text} is not "
-            "UTF-8; convert the file, for example with iconv -f cp949 -t utf-8"
-        ) from error
-    except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(
-            f"{file}, after line {number} (byte {offset} of the {text}): the compressed data is truncated or damaged "
-            f"({error}); copy or compress the file again"
-        ) from error
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror or error}); check its permissions") from error

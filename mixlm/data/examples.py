@@ -53,6 +53,10 @@ class _BlockExamples(Dataset):
     def __len__(self) -> int:
         return len(self.blocks)
 
+    def longest(self) -> dict[str, np.ndarray | int]:
+        """An example as long as any."""
+        return self[0, int(np.argmax(self.lengths))]
+
     def limit(self, most: int) -> None:
         """Keep at most `most` examples, evenly over the documents."""
         if len(self.blocks) > most:

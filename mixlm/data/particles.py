@@ -5,10 +5,9 @@ What is a particle depends on the sentence, so morphemes are those that Kiwi fin
 
 import re
 import unicodedata
-from functools import cache, lru_cache
-from typing import Any
+from functools import lru_cache
 
-from ..errors import UserError
+from .packages import kiwi, required
 
 ANALYSED_CONTEXTS = 10_000  # that are remembered: the candidates of a question, and its neighbours, share a context
 
@@ -19,10 +18,7 @@ _COMPOSED_AS_ONE = re.compile("[\u1100-\u1112][\u1161-\u1175][\u11a8-\u11c2]?|."
 
 def require_kiwi() -> None:
     """Raise UserError unless Kiwi is installed."""
-    try:
-        import kiwipiepy  # noqa: F401
-    except ImportError as error:
-        raise UserError("korean_particles needs kiwipiepy; install it with: pip install 'mixlm[korean]'") from error
+    required("kiwipiepy", extra="korean")
 
 
 def end_without_particles(context: str, start: int, end: int) -> int:
@@ -56,11 +52,3 @@ def _kinds_of_characters(context: str) -> str:
     return "".join(
         (_BLANK if part.isspace() else kind) * len(part) for kind, part in zip(kinds, originals, strict=True)
     )
-
-
-@cache
-def kiwi() -> Any:
-    """The one Kiwi of this process."""
-    from kiwipiepy import Kiwi
-
-    return Kiwi(num_workers=1)  # threads are for many texts at a time

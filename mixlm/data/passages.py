@@ -14,16 +14,18 @@ Text is handed out as its file has it (that of a corpus in NFC). What can be rea
 All may be compressed: `.gz` or `.xz`. In a FILE, blanks become underscores.
 """
 
-import json
 import re
 import textwrap
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from os import PathLike
 from pathlib import Path
 from typing import NamedTuple
 
-from mixlm.data.corpus import corpus_files, numbered_lines, read_documents
-from mixlm.data.squad import COMPRESSED, plain_suffix, read_paragraphs
+from mixlm.data.corpus import corpus_files, read_documents
+from mixlm.data.json_lines import read_json_lines
+from mixlm.data.squad import read_paragraphs
+from mixlm.data.text_files import COMPRESSED, filled_lines, plain_suffix
 from mixlm.errors import UserError
 
 WINDOW_CHARACTERS = 600  # about a paragraph of an encyclopaedia; of Korean, that is less than 512 tokens
@@ -59,17 +61,18 @@ def read_passages(
     if window_characters < 1:
         raise UserError(f"windows of {window_characters} characters: must be 1 or more")
     paths = [paths] if isinstance(paths, str | PathLike) else list(paths)
-    ids = set()
-    for place, passage in _placed_passages(paths, window_characters):
+    hashes = set()  # of the ids: half of the memory of the ids themselves
+    for number, (place, passage) in enumerate(_placed_passages(paths, window_characters)):
         _check(passage, place)
-        if passage.id in ids:
-            everything = _placed_passages(paths, window_characters)
-            first = next(other_place for other_place, other in everything if other.id == passage.id)
-            raise UserError(
-                f"{place}: '{passage.id}' is the id of another passage too ({first}); "
-                "give every passage its own, and every file once"
-            )
-        ids.add(passage.id)
+        if hash(passage.id) in hashes:  # as good as always that of the same id
+            before = islice(_placed_passages(paths, window_characters), number)
+            first = next((other_place for other_place, other in before if other.id == passage.id), None)
+            if first is not None:
+                raise UserError(
+                    f"{place}: '{passage.id}' is the id of another passage too ({first}); "
+                    "give every passage its own, and every file once"
+                )
+        hashes.add(hash(passage.id))
         yield passage
 
 
@@ -138,15 +141,7 @@ def _passages_of(file: Path, name: str, window_characters: int) -> Iterator[tupl
 
 
 def _json_passages(file: Path) -> Iterator[tuple[str, Passage]]:
-    for place, line in _filled_lines(file):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{place}, column {error.colno}: not JSON: {error.msg}; every line must hold one passage, as an object"
-            ) from error
-        if not isinstance(record, dict):
-            raise UserError(f'{place}: found {line:.40} where {{"id": ..., "title": ..., "text": ...}} is wanted')
+    for place, record in read_json_lines(file, "passage"):
         key = "_id" if "_id" in record else "id"
         for field in (key, "text"):
             if field not in record:
@@ -160,9 +155,10 @@ def _json_passages(file: Path) -> Iterator[tuple[str, Passage]]:
 
 
 def _tsv_passages(file: Path) -> Iterator[tuple[str, Passage]]:
-    for number, (place, line) in enumerate(_filled_lines(file)):
-        fields = [_unquoted(field) for field in line.split("\t")]
-        if number == 0 and fields in _TSV_HEADERS:
+    for count, (number, line) in enumerate(filled_lines(file, "passage")):
+        place = f"{file}, line {number}"
+        fields = [_unquoted(field) for field in line.rstrip("\r\n").split("\t")]
+        if count == 0 and fields in _TSV_HEADERS:
             continue
         if len(fields) not in (2, 3):
             raise UserError(f"{place}: {len(fields)} columns where id, text and title are wanted, separated by tabs")
@@ -183,13 +179,6 @@ def _corpus_passages(file: Path, name: str, window_characters: int) -> Iterator[
             yield f"{file}, line {document.line}", Passage(f"{name}-{document.line}-{number}", "", text)
 
 
-def _filled_lines(file: Path) -> Iterator[tuple[str, str]]:
-    """The place and the text of each line that is not blank."""
-    for number, line in numbered_lines(file):
-        if line.strip():
-            yield f"{file}, line {number}", line.rstrip("\r\n")
-
-
 def _unquoted(field: str) -> str:
     quoted = _QUOTED.fullmatch(field)
     return quoted[1].replace('""', '"') if quoted else field
@@ -202,10 +191,3 @@ def _check(passage: Passage, place: str) -> None:
         )
     if not passage.text.strip() and not passage.title.strip():
         raise UserError(f"{place}: the text of passage '{passage.id}' is empty; put it there or remove the passage")
-    try:
-        "".join(passage).encode()
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f"{place}: half of a surrogate pair ({error.object[error.start]!a}), which is no text; "
-            "write the file again from its source"
-        ) from error

@@ -164,6 +164,10 @@ class ReadingWindows(Dataset):
     def __len__(self) -> int:
         return len(self.lengths)
 
+    def longest(self) -> dict[str, np.ndarray | int]:
+        """A window as long as any."""
+        return self[0, int(np.argmax(self.lengths))]
+
     def __getitem__(self, key: tuple[int, int]) -> dict[str, np.ndarray | int]:
         """The window of `key` = (epoch, index), the same in every epoch."""
         _, index = key

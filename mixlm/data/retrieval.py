@@ -1,6 +1,5 @@
 """Questions and the passages that answer them, as token ids: what a retriever learns from, and what it encodes."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -13,8 +12,8 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from mixlm.data.corpus import numbered_lines
 from mixlm.data.examples import InverseClozeExamples
+from mixlm.data.json_lines import read_json_lines
 from mixlm.data.passages import Passage
 from mixlm.data.squad import ReadingExample
 from mixlm.errors import UserError, one_line
@@ -129,19 +128,23 @@ class RetrievalPairs(Dataset):
 
     Args:
         questions: what is asked.
-        passages: all passages; a question names them by their numbers.
-        tokenizer: makes token ids of both.
+        queries: token ids of each question, [length].
+        passages: token ids of all passages, [length]; a question names them by their numbers.
+        empty_passage: token ids of the passage without text.
 
     Attributes:
         lengths: tokens of each question with its longest passage, [questions].
     """
 
     def __init__(
-        self, questions: Sequence[RetrievalQuestion], passages: Sequence[Passage], tokenizer: RetrievalTokenizer
+        self,
+        questions: Sequence[RetrievalQuestion],
+        queries: Sequence[np.ndarray],
+        passages: Sequence[np.ndarray],
+        empty_passage: np.ndarray,
     ):
-        self.questions = questions
-        self._queries = tokenizer.queries([question.text for question in questions])
-        self._passages = {EMPTY_PASSAGE: tokenizer.empty_passage, **dict(enumerate(tokenizer.passages(passages)))}
+        self.questions, self._queries = questions, queries
+        self._passages = {EMPTY_PASSAGE: empty_passage, **dict(enumerate(passages))}
         self.lengths = np.array(
             [
                 len(query) + max(len(self._passages[number]) for number in _numbers(question))
@@ -152,6 +155,17 @@ class RetrievalPairs(Dataset):
 
     def __len__(self) -> int:
         return len(self.questions)
+
+    def longest(self) -> dict[str, np.ndarray | int | list]:
+        """An example that takes as much memory as any: the longest question with the most and longest passages."""
+        number, longest = max(self._passages.items(), key=lambda item: len(item[1]))
+        most = max(len(_numbers(question)) for question in self.questions)
+        return {
+            "input_ids": max(self._queries, key=len),
+            "passage": number,
+            "context_input_ids": [longest] * most,
+            "context_passage": [number] * most,
+        }
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, np.ndarray | int | list]:
         """The question of `key` = (epoch, index), the same in every epoch."""
@@ -172,7 +186,7 @@ class ClozePairs(InverseClozeExamples):
     """
 
     def __init__(self, corpus, blocks: np.ndarray, *arguments, **options):
-        super().__init__(corpus, blocks, lambda ids, random: (ids, None), *arguments, **options)
+        super().__init__(corpus, blocks, _unmasked, *arguments, **options)
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, np.ndarray]:
         """The example of `key` = (epoch, index)."""
@@ -202,6 +216,7 @@ def retrieval_questions(
     examples: Sequence[ReadingExample],
     number_of: PassageNumbers,
     hard_negatives: Mapping[str, Sequence[tuple[str, str]]],
+    most_negatives: int,
 ) -> list[RetrievalQuestion]:
     """SQuAD-style questions, each with its paragraph as the passage that answers it.
 
@@ -209,24 +224,25 @@ def retrieval_questions(
         examples: the questions. An unanswerable one belongs to the `EMPTY_PASSAGE`, and its paragraph, which looks as
             if it had the answer, is a hard negative.
         number_of: gives passages their numbers.
-        hard_negatives: titles and texts of passages by question id, as `read_hard_negatives` returns them.
+        hard_negatives: titles and texts of passages by question id, as `read_hard_negatives` returns them. The
+            question's own text, whatever its title, is none.
+        most_negatives: how many of them to take for a question, the first ones.
     """
     questions = []
     for example in examples:
         own = number_of(example.title, example.context)
-        negatives = [number_of(*passage) for passage in hard_negatives.get(example.id, ())]
+        others = dict.fromkeys(each for each in hard_negatives.get(example.id, ()) if each[1] != example.context)
+        negatives = [number_of(*each) for each in list(others)[:most_negatives]]
         passage, like_it = (EMPTY_PASSAGE, (own,)) if example.is_impossible else (own, ())
-        chosen = dict.fromkeys((*like_it, *(number for number in negatives if number != own)))
-        questions.append(RetrievalQuestion(example.id, example.question, passage, tuple(chosen)))
+        questions.append(RetrievalQuestion(example.id, example.question, passage, (*like_it, *negatives)))
     return questions
 
 
-def read_hard_negatives(file: str | PathLike, per_question: int) -> dict[str, list[tuple[str, str]]]:
+def read_hard_negatives(file: str | PathLike) -> dict[str, list[tuple[str, str]]]:
     """Hard negatives of questions: JSON lines {"id": question, "negatives": [{"title": ..., "text": ...}, ...]}.
 
     Args:
         file: also .gz or .xz.
-        per_question: how many to take, the first ones.
 
     Returns:
         (title, text) of passages by question id.
@@ -235,24 +251,23 @@ def read_hard_negatives(file: str | PathLike, per_question: int) -> dict[str, li
         UserError: the file cannot be read, or a line is not like that.
     """
     negatives: dict[str, list[tuple[str, str]]] = {}
-    for number, line in numbered_lines(Path(file)):
-        if not line.strip():
-            continue
-        place = f"{file}, line {number}"
+    for place, record in read_json_lines(Path(file), "hard negatives of a question"):
         try:
-            record = json.loads(line)
             passages = [(passage.get("title") or "", passage["text"]) for passage in record["negatives"]]
             question = record["id"]
-            "".join([question, *chain.from_iterable(passages)]).encode()  # is it all text?
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            "".join([question, *chain.from_iterable(passages)])  # is it all text?
+        except (TypeError, KeyError, AttributeError) as error:
             raise UserError(
                 f'{place}: not the hard negatives of a question; write {{"id": "...", "negatives": '
                 f'[{{"title": "...", "text": "..."}}]}} ({one_line(error)})'
             ) from error
-        negatives[question] = passages[:per_question]
-    if not negatives:
-        raise UserError(f"{file}: has no hard negatives")
+        negatives[question] = passages
     return negatives
+
+
+def _unmasked(ids: np.ndarray, random: np.random.Generator) -> tuple[np.ndarray, None]:
+    """Instead of a `TokenMasker`; a function with a name, which worker processes can be sent."""
+    return ids, None
 
 
 def _numbers(question: RetrievalQuestion) -> list[int]:

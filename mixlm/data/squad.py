@@ -4,11 +4,7 @@ Text is taken as it is, never normalized: an answer is a place in its context, a
 an exact substring there.
 """
 
-import gzip
-import json
-import lzma
 import re
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike, fspath
@@ -16,10 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
+from mixlm.data.json_lines import parse_json, read_json_lines
+from mixlm.data.text_files import COMPRESSED, numbered_lines, plain_suffix
 from mixlm.errors import UserError
 
 READING_SUFFIXES = (".json", ".jsonl")
-COMPRESSED = {".gz": gzip.open, ".xz": lzma.open}
 
 # Offsets counted in bytes, in UTF-16 units or before blanks were folded are off by a little. An answer that is not
 # where its file says is looked for within this many characters, on either side.
@@ -126,8 +123,8 @@ def read_squad(paths: str | PathLike | Iterable[str | PathLike], *, to_learn_fro
     collected = _Collector(to_learn_from)
     for file in files:
         if plain_suffix(file) == ".jsonl":
-            for row in _read_lines(file):
-                collected.add_row(row)
+            for place, row in read_json_lines(file, "question"):
+                collected.add_row(_Node(row, place))
         else:
             collected.add_articles(_read_document(file))
     return collected.result(", ".join(map(fspath, paths)))
@@ -444,56 +441,13 @@ def _occurrences(context: str, text: str) -> list[int]:
     return places
 
 
-def plain_suffix(file: Path) -> str:
-    """The last suffix of a name, or the one before it where the last is one of `COMPRESSED`."""
-    return Path(file.stem).suffix if file.suffix in COMPRESSED else file.suffix
-
-
 def _read_document(file: Path) -> _Node:
-    text = _read_text(file)
-    try:
-        document = _Node(json.loads(text), str(file))
-    except json.JSONDecodeError as error:
-        advice = "name it .jsonl if every line is a question" if error.msg == "Extra data" else "is the file whole?"
-        place = f"{file}, line {error.lineno}, column {error.colno}"
-        raise UserError(f"{place}: not JSON: {error.msg}; {advice}") from error
+    text = "".join(line for _, line in numbered_lines(file))
+    advice = "is the file whole? name it .jsonl if every line is a question"
+    document = _Node(parse_json(text, file, 1, advice), str(file))
     if not isinstance(document.value, dict) or not isinstance(document.value.get("data"), list):
         raise UserError(
             f"{file}: no list 'data' at the top; give a file like those of SQuAD, or name it .jsonl if every line is "
             "a question"
         )
     return document
-
-
-def _read_lines(file: Path) -> Iterator[_Node]:
-    # Not str.splitlines: a JSON text may have a raw U+2028 in it.
-    for number, line in enumerate(_read_text(file).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            yield _Node(json.loads(line), f"{file}, line {number}")
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{file}, line {number}, column {error.colno}: not JSON: {error.msg}; "
-                "every line must hold one question, as an object"
-            ) from error
-
-
-def _read_text(file: Path) -> str:
-    try:
-        with COMPRESSED.get(file.suffix, open)(file, "rb") as stream:
-            content = stream.read()
-    except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(
-            f"{file}: the compressed data is truncated or damaged ({error}); copy or compress the file again"
-        ) from error
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror or error}); check its permissions") from error
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise UserError(
-            f"{file}, line {line}: not UTF-8 at byte offset {error.start} (0x{content[error.start]:02x}); "
-            "convert the file, for example with iconv -f cp949 -t utf-8"
-        ) from error

@@ -23,6 +23,7 @@ from typing import NamedTuple
 from ..errors import UserError
 
 _WITHOUT_ASCII_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_HANGUL = re.compile("[가-힣\u1100-\u11ff]")  # syllables, and their letters in decomposed text
 _ENGLISH_ARTICLE = re.compile(r"\b(?:a|an|the)\b")
 # These marks separate words, as in 세종(世宗); other ASCII punctuation vanishes without a gap.
 _KORQUAD_MARKS_TO_BLANKS = str.maketrans(dict.fromkeys("'\"《》<>〈〉()‘’", " "))
@@ -106,6 +107,20 @@ def score_korquad_v1(prediction: str, references: Sequence[str]) -> AnswerScore:
         exact_match(prediction, references, normalize_korquad),
         f1(prediction, references, korquad_characters),
     )
+
+
+# By the name of a metric.
+ANSWER_SCORES = {"korquad_v1": score_korquad_v1, "squad_v1": score_squad_v1}
+
+
+def usual_metric(contexts: Sequence[str]) -> str:
+    """The name of the metric for questions about these texts: KorQuAD's where most of them have Hangul."""
+    return "korquad_v1" if 2 * count_korean(contexts) > len(contexts) else "squad_v1"
+
+
+def count_korean(texts: Iterable[str]) -> int:
+    """How many have Hangul."""
+    return sum(_HANGUL.search(text) is not None for text in texts)
 
 
 def squad_v1(predictions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> dict[str, float]:

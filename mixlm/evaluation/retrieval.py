@@ -124,7 +124,7 @@ def ranking(hits: Sequence[tuple[str, float]]) -> list[str]:
     return [passage for _, passage in sorted(zip(scores.tolist(), passages, strict=True), reverse=True)]
 
 
-def retrieval_scores(hits: Hits, qrels: Qrels, metrics: Mapping[str, Metric] = METRICS) -> dict[str, dict[str, float]]:
+def ranking_scores(hits: Hits, qrels: Qrels, metrics: Mapping[str, Metric] = METRICS) -> dict[str, dict[str, float]]:
     """What the hits of each judged query are worth.
 
     Args:
@@ -173,16 +173,16 @@ def answer_scores(
     def text_of(passage: str) -> str:
         if passage not in passages:
             raise UserError(f"passage '{passage}' is among the hits and has no text; give the passages of these hits")
-        return _folded(passages[passage])
+        return folded(passages[passage])
 
     grades = {}
     for question, texts in answers.items():
-        wanted = [_folded(text) for text in texts]
+        wanted = [folded(text) for text in texts]
         if not wanted or not all(wanted):
             raise UserError(f"question '{question}' has no answer or an empty one; leave it out")
         first = ranking(hits.get(question, ()))[: max(ACCURACY_CUTOFFS)]
         grades[question] = {passage: int(any(text in text_of(passage) for text in wanted)) for passage in first}
-    return retrieval_scores(hits, grades, ACCURACIES)
+    return ranking_scores(hits, grades, ACCURACIES)
 
 
 def mean_percent(scores: Mapping[str, float]) -> float:
@@ -201,9 +201,9 @@ def retrieval_metrics(hits: Hits, qrels: Qrels) -> dict[str, float]:
         The metrics in percent, and `query_counts`.
 
     Raises:
-        UserError: as `retrieval_scores`.
+        UserError: as `ranking_scores`.
     """
-    means = {name: mean_percent(scores) for name, scores in retrieval_scores(hits, qrels).items()}
+    means = {name: mean_percent(scores) for name, scores in ranking_scores(hits, qrels).items()}
     return {**means, **query_counts(hits, qrels)}
 
 
@@ -265,5 +265,6 @@ def _discounted_gain(grades: Sequence[int]) -> float:
     return sum(max(grade, 0) / math.log2(rank + 1) for rank, grade in enumerate(grades, start=1))
 
 
-def _folded(text: str) -> str:
+def folded(text: str) -> str:
+    """What texts are compared by: composed to NFC, with each run of blanks as one."""
     return " ".join(unicodedata.normalize("NFC", text).split())

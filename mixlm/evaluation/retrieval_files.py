@@ -1,4 +1,4 @@
-"""Files of retrieval: hits as TREC runs, relevance judgements as TREC or BEIR write them, queries, BEIR's folders.
+"""Files of retrieval: hits as TREC runs, relevance judgements of TREC, BEIR or SQuAD, queries, BEIR's folders.
 
 All are UTF-8, and may be compressed where their names end in .gz or .xz. Blank lines are passed over.
 
@@ -9,12 +9,15 @@ All are UTF-8, and may be compressed where their names end in .gz or .xz. Blank 
 
 import json
 import math
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from ..data.corpus import numbered_lines
-from ..data.squad import COMPRESSED
+from ..data.json_lines import read_json_lines
+from ..data.passages import read_passages
+from ..data.squad import read_squad, select_articles
+from ..data.text_files import COMPRESSED, filled_lines, plain_suffix, write_text
 from ..errors import UserError
 from .retrieval import Hits, ranking
 
@@ -58,7 +61,7 @@ def write_run(file: Path, hits: Hits, tag: str = "mixlm") -> None:
     """Write hits as a TREC run, the best of each query first; `read_run` gives back the same ids and scores.
 
     Args:
-        file: to be written or replaced.
+        file: to be written or replaced, once it is whole.
         hits: passages with their scores, by query id; queries without any leave no trace.
         tag: the name of the system.
 
@@ -66,16 +69,23 @@ def write_run(file: Path, hits: Hits, tag: str = "mixlm") -> None:
         UserError: an id or the tag is empty or has a blank in it, a score is not a number, or the file cannot be
             written.
     """
+    require_words([*hits, tag])
     lines = []
     for query, found in hits.items():
         scores = dict(found)
+        require_words(scores)
         for rank, passage in enumerate(ranking(found), start=1):
-            lines.append(f"{_word(query)} Q0 {_word(passage)} {rank} {float(scores[passage])!r} {_word(tag)}\n")
-    try:
-        with COMPRESSED.get(file.suffix, open)(file, "wt", encoding="utf-8", newline="\n") as stream:
-            stream.write("".join(lines))
-    except OSError as error:
-        raise UserError(f"{file}: cannot be written: {error.strerror or error}") from error
+            lines.append(f"{query} Q0 {passage} {rank} {float(scores[passage])!r} {tag}\n")
+    write_text(file, lines)
+
+
+def require_words(ids: Iterable[str]) -> None:
+    """Raise UserError where an id cannot stand in a TREC run; to be asked before a long search."""
+    for text in ids:
+        if len(text.split()) != 1 or text != text.strip():
+            raise UserError(
+                f"'{text}' cannot stand in a TREC run, whose fields are separated by blanks; use another id"
+            )
 
 
 def read_qrels(file: Path) -> dict[str, dict[str, int]]:
@@ -108,8 +118,47 @@ def read_qrels(file: Path) -> dict[str, dict[str, int]]:
     return qrels
 
 
+class SquadJudgements(NamedTuple):
+    """Relevance judgements of questions that have an answer, and the answers by question id."""
+
+    qrels: dict[str, dict[str, int]]
+    answers: dict[str, tuple[str, ...]]
+
+
+def read_squad_judgements(file: Path, articles: str | None = None) -> SquadJudgements:
+    """Judge by a SQuAD-style .json file: relevant is the paragraph of a question, by its id in `read_passages`.
+
+    Where the same paragraph is in the file twice, both are relevant. Questions without an answer are left out.
+
+    Args:
+        file: also .gz or .xz.
+        articles: FIRST:LAST, see `select_articles`; None is all.
+
+    Raises:
+        UserError: the file cannot be read or is not like that, or no question is in the articles or has an answer.
+    """
+    ids: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for passage in read_passages(file):
+        ids[passage.title, passage.text].append(passage.id)
+    examples = read_squad(file, to_learn_from=False).examples
+    if articles is not None:
+        examples = select_articles(examples, articles)
+    answerable = [example for example in examples if not example.is_impossible]
+    if not answerable:
+        raise UserError(f"{file}: none of {len(examples)} questions has an answer; give questions with answers")
+    return SquadJudgements(
+        {example.id: dict.fromkeys(ids[example.title, example.context], 1) for example in answerable},
+        {example.id: example.answer_texts for example in answerable},
+    )
+
+
+def is_squad(file: Path) -> bool:
+    """Whether a file of questions or judgements is taken to be as SQuAD's are, by its name."""
+    return plain_suffix(file) == ".json"
+
+
 def read_queries(file: Path) -> dict[str, str]:
-    """Queries, a JSON object a line: its id is "id", or "_id" as BEIR has it, and its text is "text".
+    """Queries: the questions of a SQuAD-style .json file, or else JSON lines with "id" (BEIR: "_id") and "text".
 
     Returns:
         The text by query id.
@@ -117,18 +166,15 @@ def read_queries(file: Path) -> dict[str, str]:
     Raises:
         UserError: the file cannot be read or has no query, a line is not such an object, or an id comes twice.
     """
+    if is_squad(file):
+        return {example.id: example.question for example in read_squad(file, to_learn_from=False).examples}
     queries: dict[str, str] = {}
-    for place, line in _lines(file, "queries"):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{place}: not JSON: {error.msg}; every line must hold one query, as an object") from error
-        record = record if isinstance(record, dict) else {}
+    for place, record in read_json_lines(file, "query"):
         query, text = record.get("id", record.get("_id")), record.get("text")
         query = str(query) if type(query) is int else query
         if not (isinstance(query, str) and query and isinstance(text, str) and text.strip()):
             raise UserError(
-                f"{place}: found {line.strip():.40} where a query is wanted; "
+                f"{place}: found {json.dumps(record, ensure_ascii=False):.40} where a query is wanted; "
                 'write {"id": "...", "text": "..."}, both not empty'
             )
         if query in queries:
@@ -163,13 +209,7 @@ def _present(file: Path) -> Path:
 
 def _lines(file: Path, content: str) -> Iterator[tuple[str, str]]:
     """The place and the text of each line that is not blank, at least one."""
-    empty = True
-    for number, line in numbered_lines(file):
-        if line.strip():
-            empty = False
-            yield f"{file}, line {number}", line
-    if empty:
-        raise UserError(f"{file}: the file has no {content}; is it whole?")
+    return ((f"{file}, line {number}", line) for number, line in filled_lines(file, content))
 
 
 def _tab_separated(line: str) -> list[str]:
@@ -210,9 +250,3 @@ def _grade(text: str, place: str) -> int:
         return int(text)
     except ValueError:
         raise UserError(f"{place}: the grade '{text}' is not a whole number; write 1, or 0 for not relevant") from None
-
-
-def _word(text: str) -> str:
-    if len(text.split()) != 1 or text != text.strip():
-        raise UserError(f"'{text}' cannot stand in a TREC run, whose fields are separated by blanks; use another id")
-    return text

@@ -3,12 +3,9 @@
 import re
 import unicodedata
 from collections.abc import Iterator
-from importlib import import_module
-from types import ModuleType
 from typing import Protocol
 
-from ..data.particles import kiwi
-from ..errors import UserError
+from ..data.packages import kiwi, required
 
 # Hangul, kana and Han: words are not separated by blanks, or carry their particles and endings with them.
 _JOINED = (
@@ -79,15 +76,3 @@ class MorphemeAnalyser:
 
 
 ANALYSERS = {analyser.name: analyser for analyser in (BigramAnalyser, MorphemeAnalyser)}
-
-
-def required(module: str) -> ModuleType:
-    """A module of the extra `retrieval`.
-
-    Raises:
-        UserError: it is not installed.
-    """
-    try:
-        return import_module(module)
-    except ImportError as error:
-        raise UserError(f"{module} is not installed; install it with: pip install 'mixlm[retrieval]'") from error

@@ -48,13 +48,13 @@ def interpolation(
         weight: of the dense score, from 0 to 1.
         top_k: the most hits.
     """
-    by_vectors, by_terms = _normalised(dense), _normalised(lexical)
+    by_vectors, by_terms = normalised(dense), normalised(lexical)
     rows = by_vectors.keys() | by_terms.keys()
     scores = {row: weight * by_vectors.get(row, 0.0) + (1 - weight) * by_terms.get(row, 0.0) for row in rows}
     return _best(scores, top_k)
 
 
-def _normalised(hits: Sequence[PassageHit]) -> dict[int, float]:
+def normalised(hits: Sequence[PassageHit]) -> dict[int, float]:
     """Scores by row, from 0 to 1; where all are equal, 1."""
     if not hits:
         return {}

@@ -1,5 +1,6 @@
 """What a search finds."""
 
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -10,6 +11,25 @@ class PassageHit(NamedTuple):
 
     row: int
     score: float
+
+
+class Found(NamedTuple):
+    """What a search found for a question.
+
+    Attributes:
+        hits: the best first.
+        empty_score: the dense score of the passage without text; None where none was asked for by its vector, or the
+            encoder was not trained to take unanswerable questions there.
+        has_answer: whether the best passage by vectors is above that; None likewise.
+    """
+
+    hits: list[PassageHit]
+    empty_score: float | None = None
+    has_answer: bool | None = None
+
+
+# What finds passages for each of several questions, at most so many.
+Find = Callable[[Sequence[str], int], Iterator[Found]]
 
 
 def best_hits(rows: np.ndarray, scores: np.ndarray, top_k: int) -> list[PassageHit]:

@@ -9,9 +9,8 @@ An index is whole or absent: it is written beside and renamed, and takes the pla
 that are added, changed or removed need a new one; their vectors, which cost most, do not (`mixlm.retrieval.vectors`).
 """
 
-import json
-from collections.abc import Iterable
-from importlib.metadata import version
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,18 +18,21 @@ from tqdm import tqdm
 
 from .. import __version__
 from ..data.hashing import hash_file
+from ..data.packages import required
 from ..data.passages import Passage
-from ..errors import UserError, file_error
-from ..files import partial_name, whole_folder, write_whole
-from .analysers import ANALYSERS, Analyser, required
+from ..errors import UserError, file_error, one_line
+from ..files import partial_name, whole_folder
+from .analysers import ANALYSERS, Analyser
+from .hits import Found
 from .lexical import K1, B, LexicalIndex
+from .manifest import read_manifest, write_manifest
 from .passages import StoredPassages, write_passages
 
 if TYPE_CHECKING:
     from .index_dense import DenseIndex
     from .vectors import StoredVectors
 
-FORMAT = 1
+FORMAT = 2
 
 _MANIFEST = "manifest.json"
 _PASSAGES = "passages.arrow"
@@ -55,22 +57,32 @@ class Index:
         self.dense = _dense_index().load(folder / _DENSE) if "dense" in manifest else None
 
     @property
+    def model(self) -> str | None:
+        """The folder, or the Hub name, that the encoder of its vectors had; None without vectors."""
+        return self.manifest.get("dense", {}).get("model")
+
+    @property
     def weight(self) -> float | None:
         """The weight of the dense scores in hybrid search that `store_tuning` has stored, if there is one."""
         return self.manifest.get("hybrid", {}).get("weight")
 
-    def store_tuning(self, tuning: dict[str, Any]) -> None:
-        """Write how hybrid search is done into the manifest.
+    def find(self, questions: Sequence[str], top_k: int) -> Iterator[Found]:
+        """The best passages for each question by common terms alone."""
+        return map(Found, self.lexical.search(questions, top_k))
+
+    def store_tuning(self, of: str, tuning: dict[str, Any]) -> None:
+        """Write how something is done with this index into its manifest.
 
         Args:
+            of: "hybrid" search, or "answers".
             tuning: `weight`, which may be None, and what else is worth knowing of it.
 
         Raises:
             UserError: the manifest cannot be written.
         """
-        self.manifest["hybrid"] = tuning
+        self.manifest[of] = tuning
         try:
-            write_whole(self.folder / _MANIFEST, _as_json(self.manifest))
+            write_manifest(self.folder / _MANIFEST, self.manifest)
         except OSError as error:
             raise UserError(f"{self.folder}: the manifest cannot be written ({file_error(error)})") from error
 
@@ -132,11 +144,8 @@ def open_index(folder: Path) -> Index:
     """
     again = "build it again with mixlm index"
     try:
-        manifest = json.loads((folder / _MANIFEST).read_text("utf-8"))
-        if manifest["format"] != FORMAT:
-            raise UserError(
-                f"{folder}: an index in format {manifest['format']}, while this version has format {FORMAT}; {again}"
-            )
+        manifest = read_manifest(folder / _MANIFEST, FORMAT, again)
+        _require_libraries(manifest["libraries"], folder, again)
         hashes = _hashes(folder, manifest["files"])
         changed = [name for name, wanted in manifest["files"].items() if hashes[name] != wanted]
         if changed:
@@ -146,12 +155,39 @@ def open_index(folder: Path) -> Index:
         raise UserError(f"{folder}: not a whole index ({file_error(error)}); {again}") from error
     except OSError as error:
         raise UserError(f"{folder}: the index cannot be read ({file_error(error)})") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder}: {_MANIFEST} is damaged ({error}); {again}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        # Its files are as they were written: by another version, of mixlm or of a library.
+        raise UserError(f"{folder}: this version cannot open it ({one_line(error)}); {again}") from error
+
+
+def is_tuned(folder: Path) -> bool:
+    """Whether an index lies there for which `Index.store_tuning` has stored something."""
+    try:
+        return not {"hybrid", "answers"}.isdisjoint(read_manifest(folder / _MANIFEST, FORMAT, again=""))
+    except (OSError, UserError):
+        return False
+
+
+def _require_libraries(libraries: Mapping[str, str], folder: Path, again: str) -> None:
+    """Raise UserError where a library may take texts apart, or read files, otherwise than when an index was built."""
+    for name, then in libraries.items():
+        if name == "faiss":  # it reads what its earlier versions have written
+            continue
+        try:
+            now = version(name)
+        except PackageNotFoundError as error:
+            raise UserError(f"{name} is not installed; install it with: pip install 'mixlm[retrieval]'") from error
+        if now.split(".")[:2] != then.split(".")[:2]:
+            raise UserError(f"{folder}: was built with {name} {then}, and {now} is installed; {again}")
 
 
 def _require_replaceable(out: Path) -> None:
-    """Raise UserError unless there is nothing at `out`, an empty folder, or an index."""
+    """Raise UserError unless there is nothing at `out`, an empty folder, or an index.
+
+    Also where somebody stands in it: their folder would be gone, whatever took its place.
+    """
+    if out.resolve() in (Path.cwd(), *Path.cwd().parents):
+        raise UserError(f"{out}: is the folder that this is run in, or holds it; use another name")
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; use another name")
     names = {path.name for path in out.iterdir()} if out.is_dir() else set()
@@ -174,6 +210,7 @@ def _describe(dense: "DenseIndex", vectors: "StoredVectors") -> dict[str, Any]:
         "dimension": vectors.dimension,
         "dtype": vectors.dtype,
         "encoder": vectors.encoder,
+        "model": vectors.model,
     }
     return description if description["kind"] == "exact" else {**description, "recall@10": round(dense.recall(), 4)}
 
@@ -182,12 +219,8 @@ def _write_manifest(folder: Path, parts: dict[str, Any]) -> dict[str, Any]:
     """Written last: a folder that has a manifest has everything else."""
     files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     manifest = {"format": FORMAT, "mixlm": __version__, **parts, "files": _hashes(folder, files)}
-    (folder / _MANIFEST).write_text(_as_json(manifest), encoding="utf-8")
+    write_manifest(folder / _MANIFEST, manifest)
     return manifest
-
-
-def _as_json(manifest: dict[str, Any]) -> str:
-    return json.dumps(manifest, ensure_ascii=False, indent=2)
 
 
 def _hashes(folder: Path, names: Iterable[str]) -> dict[str, str]:

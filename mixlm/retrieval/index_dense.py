@@ -24,8 +24,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from ..data.packages import required
 from ..errors import UserError, one_line
-from .analysers import required
 from .hits import PassageHit, best_hits
 
 faiss = required("faiss")

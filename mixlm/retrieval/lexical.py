@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm import tqdm
 
+from ..data.packages import required
 from ..errors import UserError
-from .analysers import Analyser, required
+from .analysers import Analyser
 from .hits import PassageHit, best_hits
 from .passages import StoredPassages
 

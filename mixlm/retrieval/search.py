@@ -1,6 +1,7 @@
 """Finding passages for questions by vectors, or by vectors and terms. By terms alone, an `Index` finds them itself."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import repeat
 
 import numpy as np
 
@@ -8,7 +9,7 @@ from ..encoder import MixLMEncoder
 from ..errors import UserError
 from ..evaluation.retrieval import Qrels, mean_percent, reciprocal_rank
 from .fusion import fuse
-from .hits import PassageHit
+from .hits import Found, PassageHit
 from .index import Index
 from .vectors import difference
 
@@ -39,22 +40,23 @@ class Search:
             raise UserError(
                 f"{index.folder}: was built with another encoder: {other}; give the model that encoded its passages"
             )
+        self._empty_passage = encoder.encode_empty_passage() if encoder.encoding.null_passage else None
 
-    def dense(self, questions: Sequence[str], top_k: int) -> Iterator[list[PassageHit]]:
+    def dense(self, questions: Sequence[str], top_k: int) -> Iterator[Found]:
         """The best passages for each question by vectors; see `DenseIndex.search`."""
         for first in range(0, len(questions), _QUESTIONS_AT_ONCE):
             batch = questions[first : first + _QUESTIONS_AT_ONCE]
             vectors = self._encoder.encode_queries([question for question in batch if question.strip()])
-            hits = self.index.dense.search(vectors, top_k)
-            yield from (next(hits) if question.strip() else [] for question in batch)
+            found = map(_found, self.index.dense.search(vectors, top_k), self._empty_scores(vectors))
+            yield from (next(found) if question.strip() else Found([]) for question in batch)
 
-    def hybrid(self, questions: Sequence[str], top_k: int) -> Iterator[list[PassageHit]]:
+    def hybrid(self, questions: Sequence[str], top_k: int) -> Iterator[Found]:
         """The best passages for each question by both: see `fuse`, with the weight that the index has, if any.
 
         The first 200 of either ranking are brought together; with a greater `top_k`, so many.
         """
         for dense, lexical in self._rankings(questions, max(top_k, CANDIDATES)):
-            yield fuse(dense, lexical, self.index.weight, top_k)
+            yield dense._replace(hits=fuse(dense.hits, lexical, self.index.weight, top_k))
 
     def tune(self, queries: Mapping[str, str], qrels: Qrels) -> dict[float | None, float]:
         """How good hybrid search is.
@@ -76,7 +78,7 @@ class Search:
         rankings = self._rankings([queries[query] for query in judged], CANDIDATES)
         for query, (dense, lexical) in zip(judged, rankings, strict=True):
             for weight, of_weight in scores.items():
-                hits = fuse(dense, lexical, weight, top_k=10)
+                hits = fuse(dense.hits, lexical, weight, top_k=10)
                 passages = [self.index.passages.id_of_row(row) for row, _ in hits]
                 of_weight[query] = reciprocal_rank(passages, qrels[query], cutoff=10)
         return {weight: mean_percent(of_weight) for weight, of_weight in scores.items()}
@@ -103,8 +105,18 @@ class Search:
             )
         return len(rows)
 
-    def _rankings(self, questions: Sequence[str], depth: int) -> Iterator[tuple[list[PassageHit], list[PassageHit]]]:
+    def _empty_scores(self, vectors: np.ndarray) -> Iterable[float | None]:
+        """The score of the passage without text for each question, as the index has those of its passages."""
+        if self._empty_passage is None:
+            return repeat(None)
+        return (vectors.astype(np.float64) * self._empty_passage).sum(axis=1).astype(np.float32).tolist()
+
+    def _rankings(self, questions: Sequence[str], depth: int) -> Iterator[tuple[Found, list[PassageHit]]]:
         return zip(self.dense(questions, depth), self.index.lexical.search(questions, depth), strict=True)
+
+
+def _found(hits: list[PassageHit], empty_score: float | None) -> Found:
+    return Found(hits) if empty_score is None else Found(hits, empty_score, hits[0].score > empty_score)
 
 
 def best_weight(scores: Mapping[float | None, float]) -> float | None:

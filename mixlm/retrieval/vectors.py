@@ -15,13 +15,18 @@ twice its place.
 import hashlib
 import json
 import multiprocessing
+import os
 import shutil
+import signal
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -32,11 +37,12 @@ from transformers.utils.logging import disable_progress_bar
 from ..data.hashing import hash_file, hash_json
 from ..data.passages import Passage
 from ..encoder import MixLMEncoder
-from ..errors import UserError, file_error
-from ..files import whole_folder, write_whole
+from ..errors import UserError, file_error, is_out_of_memory, one_line
+from ..files import whole_folder
+from .manifest import read_manifest, write_manifest
 from .passages import StoredPassages, write_passages
 
-FORMAT = 1
+FORMAT = 2
 PASSAGES_PER_SHARD = 10_000
 
 _MANIFEST, _SHARD = "vectors.json", "shard.json"
@@ -49,6 +55,7 @@ class StoredVectors:
 
     Attributes:
         encoder: what `MixLMEncoder.fingerprint` says of the encoder that made them.
+        model: where that was: its folder, as an absolute path, or its Hub name.
         dimension: of a vector.
         dtype: "float32" or "float16".
 
@@ -60,7 +67,8 @@ class StoredVectors:
         manifest = _read_manifest(folder)
         if not manifest["shards"]:
             raise UserError(f"{folder}: not all passages are encoded yet; run mixlm encode again, and it goes on")
-        self.encoder, self.dimension, self.dtype = (manifest[name] for name in ("encoder", "dimension", "dtype"))
+        self.encoder, self.model = manifest["encoder"], manifest["model"]
+        self.dimension, self.dtype = manifest["dimension"], manifest["dtype"]
         self._length, self._folders = manifest["passages"], [folder / name for name in manifest["shards"]]
         for shard in self._folders:
             if (wrong := _what_is_wrong(shard)) is not None:
@@ -105,8 +113,9 @@ def encode_passages(
         How many passages there are.
 
     Raises:
-        UserError: the model cannot be loaded; `out` has vectors of another encoder or another type, or cannot be
-            written; there are no passages; a vector has what is no number, or too great for its type.
+        UserError: the model cannot be loaded, or memory is too small for it; `out` has vectors of another encoder or
+            another type, or cannot be written; there are no passages; a vector has what is no number, or too great for
+            its type.
     """
     encoder = MixLMEncoder.from_pretrained(model, "cpu")
     description = {
@@ -116,6 +125,8 @@ def encode_passages(
         "dtype": dtype,
     }
     del encoder  # each process has its own
+    # Not in the description: a model that was moved makes the same vectors.
+    model = str(Path(model).resolve()) if Path(model).is_dir() else model
     try:
         _require_same(out, description)
         known = _KnownVectors(out, description["dimension"])
@@ -134,23 +145,27 @@ def encode_passages(
                     continue
                 if not (out / _MANIFEST).exists():  # not before: a file that cannot be read leaves nothing behind
                     out.mkdir(parents=True, exist_ok=True)
-                    _write_manifest(out, {**description, "passages": 0, "shards": []})
+                    empty = {**description, "model": model, "passages": 0, "shards": []}
+                    write_manifest(out / _MANIFEST, empty)
                 due.append(_DueShard.of(folder, of_shard, known, pool))
-                while len(due) > processes:  # so many are being encoded
+                while due and (due[0].is_encoded or len(due) > processes):  # so many are being encoded
                     due.popleft().write(dtype, progress)
             while due:
                 due.popleft().write(dtype, progress)
         if not count:
             raise UserError("there is no passage; give at least one")
-        _write_manifest(out, {**description, "passages": count, "shards": names})
+        whole = {**description, "model": model, "passages": count, "shards": names}
+        write_manifest(out / _MANIFEST, whole)
         for folder in [*out.glob("shard-*"), *out.glob(".shard-*.partial")]:  # of passages that are no longer there
             if folder.name not in names:
                 shutil.rmtree(folder)
-    except BrokenExecutor as error:
-        raise UserError(
-            "an encoding process has ended, as it does without enough memory; use fewer --processes or a smaller "
-            "--batch_size; run again, and it goes on"
-        ) from error
+    except RuntimeError as error:
+        advice = "use a smaller --batch_size or fewer --processes; run again, and it goes on"
+        if isinstance(error, BrokenExecutor):
+            raise UserError(f"an encoding process has ended, as it does without enough memory; {advice}") from error
+        if is_out_of_memory(error):
+            raise UserError(f"out of memory; {advice} ({one_line(error)[:200]})") from error
+        raise
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({file_error(error)})") from error
     return count
@@ -214,6 +229,10 @@ class _DueShard:
         encoded = pool.submit(_encode, missing) if missing else None
         return cls(folder, passages, hashes, vectors, is_missing, encoded)
 
+    @property
+    def is_encoded(self) -> bool:
+        return self.encoded is None or self.encoded.done()
+
     def write(self, dtype: str, progress: tqdm) -> None:
         """Wait for the vectors, and write them all."""
         if self.encoded is not None:
@@ -235,32 +254,68 @@ class _DueShard:
         progress.update(len(self.passages))
 
 
-_encoder: MixLMEncoder | None = None  # of this process
+class _ThisProcess(Executor):
+    """Does at once what it is given: Ctrl-C has no thread to wait for."""
+
+    def submit(self, function: Callable, /, *arguments: Any) -> Future:
+        future = Future()
+        future.set_result(function(*arguments))
+        return future
 
 
-def _encoding_processes(processes: int, model: str, batch_size: int) -> Executor:
-    """What `_encode` is given to. A single one is this process itself."""
+@contextmanager
+def _encoding_processes(processes: int, model: str, batch_size: int) -> Iterator[Executor]:
+    """What `_encode` is given to. A single one is this process itself. After an error nobody waits for the others."""
     context = multiprocessing.get_context("spawn")  # a forked process could not use a GPU
+    if processes == 1:
+        _begin(model, batch_size, 0)
+        yield _ThisProcess()
+        return
     numbers = context.Queue()
     for number in range(processes):
         numbers.put(number)
-    beginning = {"initializer": _load_encoder, "initargs": (model, batch_size, numbers)}
-    if processes == 1:
-        return ThreadPoolExecutor(1, **beginning)
-    return ProcessPoolExecutor(processes, context, **beginning)
+    threads = max(1, torch.get_num_threads() // processes)
+    others = multiprocessing.active_children()
+    pool = ProcessPoolExecutor(processes, context, _begin_worker, (model, batch_size, numbers, threads))
+    try:
+        yield pool
+    except BaseException:
+        for process in multiprocessing.active_children():
+            if process not in others:
+                process.terminate()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-def _load_encoder(model: str, batch_size: int, numbers: "multiprocessing.Queue[int]") -> None:
-    """What a process begins with."""
+_encoder: Callable[[], MixLMEncoder]  # of this process, loaded when it is called first
+
+
+def _begin(model: str, batch_size: int, number: int) -> None:
     global _encoder
-    disable_progress_bar()  # of loading weights
     gpus = torch.cuda.device_count()
-    device = f"cuda:{numbers.get() % gpus}" if gpus else "cpu"
-    _encoder = MixLMEncoder.from_pretrained(model, device, batch_size)
+    device = f"cuda:{number % gpus}" if gpus else "cpu"
+    # Not loaded here: of what fails here, the process that waits for the vectors would not hear.
+    _encoder = cache(partial(MixLMEncoder.from_pretrained, model, device, batch_size))
+
+
+def _begin_worker(model: str, batch_size: int, numbers: "multiprocessing.Queue[int]", threads: int) -> None:
+    """What a process of several begins with."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that has begun this one, and will end it
+    Thread(target=_end_with_parent, daemon=True).start()
+    disable_progress_bar()  # of loading weights
+    torch.set_num_threads(threads)
+    _begin(model, batch_size, numbers.get())
+
+
+def _end_with_parent() -> None:
+    """A process whose parent was killed would wait for work forever."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _encode(passages: list[Passage]) -> np.ndarray:
-    return _encoder.encode_passages(passages)
+    return _encoder().encode_passages(passages)
 
 
 def _require_same(out: Path, description: dict[str, Any]) -> None:
@@ -296,9 +351,8 @@ def _what_is_wrong(shard: Path) -> str | None:
     """In what a shard is not as it was written, if in anything."""
     try:
         files = json.loads((shard / _SHARD).read_text("utf-8"))["files"]
-        found = _file_hashes(shard)
-        changed = [name for name, hash_then in files.items() if found.get(name) != hash_then]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        changed = [name for name, hash_now in _file_hashes(shard).items() if files.get(name) != hash_now]
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
         return "is missing or damaged"
     return f"{', '.join(changed)} changed since it was written" if changed else None
 
@@ -309,19 +363,8 @@ def _file_hashes(shard: Path) -> dict[str, str]:
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
-    file = folder / _MANIFEST
     again = "use another folder, or delete it, and encode again"
     try:
-        manifest = json.loads(file.read_text("utf-8"))
-        if manifest["format"] != FORMAT:
-            raise UserError(f"{file}: is of format {manifest['format']}, this version has {FORMAT}; {again}")
-        simple = {name: manifest[name] for name in ("format", "dimension", "dtype", "passages")}
-        return {**simple, "encoder": dict(manifest["encoder"]), "shards": list(manifest["shards"])}
+        return read_manifest(folder / _MANIFEST, FORMAT, again)
     except OSError as error:
         raise UserError(f"{folder}: has no vectors ({file_error(error)}); make them with mixlm encode") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file}: is damaged; {again}") from error
-
-
-def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    write_whole(folder / _MANIFEST, json.dumps(manifest, indent=2) + "\n")

@@ -43,6 +43,7 @@ def find_batch_size(
     limit: str | None,
     meter: MemoryMeter,
     say: Callable[[str], None],
+    rows_there_are: int,
 ) -> int:
     """The most rows that fit on every rank, from an earlier search or a new one.
 
@@ -52,12 +53,14 @@ def find_batch_size(
         limit: what a rank may use, such as "4GB"; None is all that is free, less the margin.
         meter: of this rank's device.
         say: prints, on one rank.
+        rows_there_are: for a rank; no more are tried.
 
     Raises:
         UserError: not even one row fits.
     """
     remembered = RememberedSizes(cache_folder() / "batch_sizes.json")
-    fingerprint = _fingerprint({**settings, "limit": limit}, meter)
+    most_rows = min(MOST_ROWS, rows_there_are)
+    fingerprint = _fingerprint({**settings, "limit": limit, "most_rows": most_rows}, meter)
     known = _over_ranks(remembered.get(fingerprint) or 0, min, meter)
     if known:
         say(f"--train_batch_size {known}, as was found on this machine before")
@@ -77,7 +80,7 @@ def find_batch_size(
             peak = smallest_limit + 1
         return _over_ranks(peak, max, meter)
 
-    trials = largest_batch(peak_of, smallest_limit, MOST_ROWS)
+    trials = largest_batch(peak_of, smallest_limit, most_rows)
     found = max(trial.rows for trial in trials if trial.fits)
     say(_table(trials, smallest_limit))
     say(f"--train_batch_size {found}")

@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator
 
-import numpy as np
 from accelerate import Accelerator
 from torch.utils.data import Dataset
 
 from ..data.batching import LengthBucketedBatches, Position, collate, training_batches
+from ..errors import UserError
 from .arguments import TrainingArguments
 from .objectives import Batch
 
@@ -15,15 +15,23 @@ class TrainingBatches:
     """Examples in the order and the batches that the arguments ask for; called with a position in the data.
 
     Args:
-        examples: maps a key (epoch, index) to an example; has `lengths`.
+        examples: maps a key (epoch, index) to an example; has `lengths`, and `longest()`, an example as long as any.
         pad_token_id: the padding token.
         arguments: of the run. They are read with each call: a batch size may be found in the meantime.
         accelerator: says which part of each step is this rank's.
+        window_steps: steps whose rows are sorted by length together; with 1 it is chance alone which rows meet.
     """
 
-    def __init__(self, examples: Dataset, pad_token_id: int, arguments: TrainingArguments, accelerator: Accelerator):
+    def __init__(
+        self,
+        examples: Dataset,
+        pad_token_id: int,
+        arguments: TrainingArguments,
+        accelerator: Accelerator,
+        window_steps: int = 64,
+    ):
         self.examples, self.pad_token_id = examples, pad_token_id
-        self.arguments, self.accelerator = arguments, accelerator
+        self.arguments, self.accelerator, self.window_steps = arguments, accelerator, window_steps
 
     def __call__(self, position: Position) -> Iterator[tuple[Position, list[Batch]]]:
         """Step by step the position after it and this rank's micro-batches."""
@@ -38,11 +46,21 @@ class TrainingBatches:
             ranks=ranks,
             rank=self.accelerator.process_index,
             micro_batches=micro_batches,
+            window_steps=self.window_steps,
             max_steps_per_epoch=arguments.max_steps_per_epoch,
         )
         return training_batches(self.examples, order, position, self.pad_token_id, arguments.num_workers)
 
+    def __len__(self) -> int:
+        """Examples there are."""
+        return len(self.examples)
+
     def longest(self, rows: int) -> Batch:
-        """So many rows, each as long as any of the examples."""
-        longest = self.examples[0, int(np.argmax(self.examples.lengths))]
-        return collate([longest] * rows, self.pad_token_id)
+        """So many rows, each as long as any of the examples.
+
+        Raises:
+            UserError: there are no examples.
+        """
+        if not len(self.examples):
+            raise UserError("the data has 0 rows and one step needs 1; use more data")
+        return collate([self.examples.longest()] * rows, self.pad_token_id)

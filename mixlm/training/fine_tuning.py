@@ -130,12 +130,14 @@ class Questions:
 
     Args:
         training, validation: questions; none in common.
+        everything: all questions that were read, also those of other articles and those without an answer.
         skipped: answers that cannot be learned from.
         notes: lines that the user should see.
     """
 
     training: list[ReadingExample]
     validation: list[ReadingExample]
+    everything: list[ReadingExample]
     skipped: list[SkippedAnswer]
     notes: list[str]
 
@@ -152,7 +154,8 @@ def read_questions(arguments: FineTuningArguments, unanswerable_flag: str, is_tr
         is_training: whether there must be some to train on.
 
     Raises:
-        UserError: a file is wrong; a range of articles is empty or trained on; nothing can be learned from.
+        UserError: a file is wrong; a range of articles is empty; what is evaluated on is trained on; nothing can be
+            learned from.
     """
     data, held_out = None, None
     if arguments.dataset_name is not None:
@@ -163,6 +166,8 @@ def read_questions(arguments: FineTuningArguments, unanswerable_flag: str, is_tr
         data = read_squad(arguments.train_file)
     if arguments.validation_file is not None:
         held_out = read_squad(arguments.validation_file)
+    parts = [part for part in (data, held_out) if part is not None]
+    notes = [note for part in parts for note in _notes(part)]
     training = [] if data is None else data.examples
     if held_out is not None:
         validation = held_out.examples
@@ -170,17 +175,37 @@ def read_questions(arguments: FineTuningArguments, unanswerable_flag: str, is_tr
             validation = select_articles(validation, arguments.validation_articles)
         if arguments.train_articles is not None:
             training = select_articles(training, arguments.train_articles)
+        if is_training:
+            notes += _notes_of_common_texts(training, validation)
     else:
         training, validation = _split(training, arguments)
-    parts = [part for part in (data, held_out) if part is not None]
-    notes = [note for part in parts for note in _notes(part)]
+    advice = "choose others"
     if not getattr(arguments, unanswerable_flag) and (unanswerable := count_unanswerable(training + validation)):
+        advice = f"is --{unanswerable_flag} missing?"
         notes.append(f"{unanswerable:,} questions have no answer and are left out; --{unanswerable_flag} uses them")
         training, validation = ([each for each in part if not each.is_impossible] for part in (training, validation))
     for name, is_lacking in (("train", is_training and not training), ("evaluate", not validation)):
         if is_lacking:
-            raise UserError(f"no question to {name} on is left; is --{unanswerable_flag} missing?")
-    return Questions(training, validation, [each for part in parts for each in part.skipped], notes)
+            raise UserError(f"no question to {name} on is left; {advice}")
+    everything = [each for part in parts for each in part.examples]
+    return Questions(training, validation, everything, [each for part in parts for each in part.skipped], notes)
+
+
+def _notes_of_common_texts(training: list[ReadingExample], validation: list[ReadingExample]) -> list[str]:
+    """What is to be said where texts are in both; that the same is asked about them is an error."""
+    asked = {(example.context, example.question) for example in training}
+    if common := [example.id for example in validation if (example.context, example.question) in asked]:
+        raise UserError(
+            f"--validation_file: {len(common):,} of its questions, such as '{common[0]}', are trained on; what is "
+            "trained on says nothing in an evaluation"
+        )
+    contexts = {context for context, _ in asked}
+    if common := [example.id for example in validation if example.context in contexts]:
+        return [
+            f"{len(common):,} questions to evaluate on, such as '{common[0]}', are about texts that are trained on, "
+            "with other questions"
+        ]
+    return []
 
 
 def _split(

@@ -14,6 +14,7 @@ from ..data.batching import Position
 from ..errors import RunStopped, UserError, file_error
 from .arguments import TrainingArguments
 from .batch_size import find_batch_size
+from .batches import TrainingBatches
 from .checkpoint import (
     Evaluation,
     TrainingState,
@@ -58,7 +59,7 @@ def train(
     arguments: TrainingArguments,
     accelerator: Accelerator,
     evaluate: Callable[[Engine], dict[str, float]],
-    longest_batch: Callable[[int], Batch] | None = None,
+    trial_batches: TrainingBatches | None = None,
 ) -> Evaluation:
     """Train for `arguments.num_steps` optimizer steps, from the start or from the checkpoint of `arguments.resume`.
 
@@ -72,7 +73,7 @@ def train(
         accelerator: from `prepare_run`.
         evaluate: called with the engine, which is to be called as the model, every `eval_steps` and at the end;
             returns metrics by name.
-        longest_batch: as many rows as it is asked for, each as long as any of the data; needed to find a batch size.
+        trial_batches: of the same data; needed to find a batch size.
 
     Returns:
         the last evaluation, or by `arguments.best_metric` the best: the checkpoint of its step is there.
@@ -82,7 +83,7 @@ def train(
             does not fit.
         RunStopped: a signal came or `max_minutes` are over; a checkpoint was saved.
     """
-    run = _Run(model, objective_class, arguments, accelerator, evaluate, longest_batch)
+    run = _Run(model, objective_class, arguments, accelerator, evaluate, trial_batches)
     steps = batches(run.state.position) if run.state.step < arguments.num_steps else ()
     run.begin()  # only now, when nothing can be wrong with the new run
     # Closed even after an error, so that its message gets a line of its own.
@@ -122,7 +123,7 @@ class _Run:
         arguments: TrainingArguments,
         accelerator: Accelerator,
         evaluate: Callable[[Engine], dict[str, float]],
-        longest_batch: Callable[[int], Batch] | None,
+        trial_batches: TrainingBatches | None,
     ):
         self.arguments, self.accelerator, self.evaluate_engine = arguments, accelerator, evaluate
         self.stop_request = StopRequest(arguments.max_minutes, accelerator)
@@ -139,7 +140,7 @@ class _Run:
         self.objective = objective_class(accelerator, self.engine)
         self.engine.train()
         if arguments.train_batch_size == 0:
-            self._find_batch_size(longest_batch, earlier_arguments)
+            self._find_batch_size(trial_batches, earlier_arguments)
         self.resolved = {**arguments.to_dict(), "processes": accelerator.num_processes}
 
         self.changed = changed_arguments(earlier_arguments, self.resolved) if checkpoint is not None else {}
@@ -190,7 +191,7 @@ class _Run:
         units = units if arguments.auto_wrap else units[-1:]
         return build_engine(model, adamw, arguments.precision, arguments.zero, arguments.sharding_backend, units)
 
-    def _find_batch_size(self, longest_batch: Callable[[int], Batch], earlier_arguments: dict[str, Any]) -> None:
+    def _find_batch_size(self, trial_batches: TrainingBatches, earlier_arguments: dict[str, Any]) -> None:
         """Set `train_batch_size` to what fits; model, optimizer and generators are afterwards as they were before.
 
         A run that goes on keeps the rows of its steps, and with them the order of its data.
@@ -213,7 +214,7 @@ class _Run:
             try:
                 with torch.random.fork_rng([meter.device] if meter.on_gpu else []):
                     for _ in range(2):  # the moments, which the first step makes, are there in the second
-                        self._backward([longest_batch(rows)] * (2 if accumulates else 1))
+                        self._backward([trial_batches.longest(rows)] * (2 if accumulates else 1))
                         for gradient in self.engine.gradients():
                             gradient.zero_()  # an overflow in fp16 would reach the weights even at a rate of 0
                         self.engine.step(learning_rate=0.0)
@@ -226,11 +227,14 @@ class _Run:
         settings = {
             **{name: getattr(arguments, name) for name in about},
             "configuration": self.skeleton.config.to_diff_dict(),
-            "longest": {name: list(tensor.shape) for name, tensor in longest_batch(1).items()},
+            "longest": {name: list(tensor.shape) for name, tensor in trial_batches.longest(1).items()},
             "ranks": ranks,
             "accumulates": accumulates,
         }
-        fitting = find_batch_size(try_rows, settings, arguments.memory_limit, meter, self.accelerator.print)
+        rows_there_are = (rows_per_step or len(trial_batches) // arguments.gradient_accumulation_steps) // ranks
+        fitting = find_batch_size(
+            try_rows, settings, arguments.memory_limit, meter, self.accelerator.print, max(1, rows_there_are)
+        )
         arguments.take_batch_size(fitting, None if rows_per_step is None else rows_per_step // ranks)
 
     def optimizer_step(self, micro_batches: list[Batch]) -> bool:

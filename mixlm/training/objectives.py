@@ -47,11 +47,12 @@ class Step:
 
 
 class RetrievalGradients(NamedTuple):
-    """The global in-batch retrieval loss, the share of queries whose own context scores highest, and the gradients of
-    the loss by this rank's [rows, hidden] embeddings."""
+    """The global in-batch retrieval loss, the share of queries whose own context scores highest, how many candidates a
+    query has in the mean, and the gradients of the loss by this rank's [rows, hidden] embeddings."""
 
     loss: Tensor
     accuracy: Tensor
+    candidates: Tensor
     queries: Tensor
     contexts: Tensor
 
@@ -209,6 +210,7 @@ class RetrievalObjective(Objective):
             share = share + self._share(terms, step)
         terms["ict"] = Term(gradients.loss * weights["ict"], weights["ict"])
         terms["ict_accuracy"] = Term(gradients.accuracy * weights["ict"], weights["ict"])
+        terms["ict_candidates"] = Term(gradients.candidates * weights["ict"], weights["ict"])
         return share, {**terms, **self._routing_terms(outputs, batch)}
 
     def _inputs(self, batch: Batch) -> Batch:
@@ -232,7 +234,7 @@ class RetrievalObjective(Objective):
             own.append(before + (torch.arange(rows, device=queries.device) if places is None else places))
             before += rows
         all_own, _ = gather_rows(self.accelerator, torch.cat(own))
-        excluded = None
+        excluded = torch.zeros(len(all_queries), len(all_contexts), dtype=torch.bool, device=queries.device)
         if "passage" in micro_batches[0]:
             passage, context_passage = (
                 gather_rows(self.accelerator, torch.cat([batch[name] for batch in micro_batches]))[0]
@@ -243,16 +245,18 @@ class RetrievalObjective(Objective):
             all_queries.requires_grad_()
             all_contexts.requires_grad_()
             scores = retrieval_scores(all_queries, all_contexts) / self.temperature
-            if excluded is not None:
-                scores = scores.masked_fill(excluded, -torch.inf)
+            scores = scores.masked_fill(excluded, -torch.inf)
             loss = cross_entropy(scores, all_own)
             by_queries, by_contexts = torch.autograd.grad(loss, (all_queries, all_contexts))
         accuracy = (scores.detach().argmax(dim=1) == all_own).float().mean()
+        candidates = len(all_contexts) - excluded.sum(dim=1).float().mean()
         of_rank, contexts_of_rank = (
             slice(first, first + len(queries)),
             slice(first_context, first_context + len(contexts)),
         )
-        return RetrievalGradients(loss.detach(), accuracy, by_queries[of_rank], by_contexts[contexts_of_rank])
+        return RetrievalGradients(
+            loss.detach(), accuracy, candidates, by_queries[of_rank], by_contexts[contexts_of_rank]
+        )
 
 
 class InverseClozeObjective(RetrievalObjective):

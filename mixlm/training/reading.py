@@ -1,7 +1,6 @@
 """Fine-tuning for machine reading: what `run_mrc.py` is told, the scores of all windows, and what they are worth."""
 
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -16,14 +15,14 @@ from ..data.reading import Predictions, ReadingWindows, predictions_of
 from ..data.squad import ReadingExample
 from ..errors import UserError
 from ..evaluation.reading import (
+    ANSWER_SCORES,
     korquad_v1,
     normalize_korquad,
     normalize_squad,
-    score_korquad_v1,
-    score_squad_v1,
     score_squad_v2,
     squad_v1,
     squad_v2,
+    usual_metric,
 )
 from ..evaluation.reading_errors import error_kind
 from ..evaluation.reading_report import JudgedQuestion
@@ -31,9 +30,8 @@ from ..reader import Decoding, MixLMReader, WindowScores, in_order, scores_by_wi
 from ..tokenization import answers_on_token_borders
 from .fine_tuning import FineTuningArguments
 
-HANGUL = re.compile("[가-힣\u1100-\u11ff]")  # syllables, and their letters in decomposed text
 METRICS = {"korquad_v1": korquad_v1, "squad_v1": squad_v1}
-ANSWER_SCORES = {"korquad_v1": (score_korquad_v1, normalize_korquad), "squad_v1": (score_squad_v1, normalize_squad)}
+NORMALIZERS = {"korquad_v1": normalize_korquad, "squad_v1": normalize_squad}
 
 
 @dataclass
@@ -161,7 +159,7 @@ def judged_questions(
         metric: as in `reading_metrics`.
         reader: that has answered them.
     """
-    score, normalize = ANSWER_SCORES[metric]
+    score, normalize = ANSWER_SCORES[metric], NORMALIZERS[metric]
     if reader.decoding.unanswerable:
         score, normalize = score_squad_v2, normalize_squad
     windows = np.bincount(reader.decoding.windows(examples, reader.tokenizer).example_of_window).tolist()
@@ -259,12 +257,7 @@ def chosen_metric(arguments: ReadingArguments, examples: Sequence[ReadingExample
     """The metric a run is judged by: see `ReadingArguments.metric`."""
     if arguments.metric is not None:
         return arguments.metric
-    return "korquad_v1" if 2 * count_korean(examples) > len(examples) else "squad_v1"
-
-
-def count_korean(examples: Sequence[ReadingExample]) -> int:
-    """How many contexts have Hangul."""
-    return sum(HANGUL.search(example.context) is not None for example in examples)
+    return usual_metric([example.context for example in examples])
 
 
 def write_predictions(predictions: Predictions, folder: Path, metrics: Mapping[str, float] | None = None) -> None:

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from torch.utils.data import Dataset
 
 from ..data.examples import InverseClozeExamples
@@ -141,18 +141,20 @@ class RetrievalData:
         queries: to evaluate with; one of them at least has an answer.
         passages: all that are searched.
         relevant: of each query the passage that answers it, or `EMPTY_PASSAGE`.
+        hard_negatives: how many the pairs have in all.
     """
 
     training: Dataset
     queries: EncodedTexts
     passages: EncodedTexts
     relevant: Sequence[int]
+    hard_negatives: int = 0
 
 
 def pairs_of_questions(
     arguments: RetrievalArguments, questions: Questions, tokenizer: RetrievalTokenizer
 ) -> RetrievalData:
-    """Training questions with their paragraphs; the validation questions search among the paragraphs of both.
+    """Training questions with their paragraphs; the validation questions search all paragraphs that were read.
 
     Hard negatives from elsewhere are not searched: metrics with and without them are of the same task.
 
@@ -161,22 +163,29 @@ def pairs_of_questions(
     """
     negatives: Mapping[str, Sequence[tuple[str, str]]] = {}
     if arguments.hard_negatives is not None:
-        negatives = read_hard_negatives(arguments.hard_negatives, arguments.num_hard_negatives)
+        negatives = read_hard_negatives(arguments.hard_negatives)
         if not any(example.id in negatives for example in questions.training):
             raise UserError(f"--hard_negatives {arguments.hard_negatives}: no question to train on is in there")
     number_of = PassageNumbers()
-    for example in (*questions.training, *questions.validation):
+    for example in questions.everything:
         number_of(example.title, example.context)
-    searched = list(number_of.passages)
-    training = retrieval_questions(questions.training, number_of, negatives)
-    validation = retrieval_questions(questions.validation, number_of, {})
+    searched = len(number_of.passages)
+    training = retrieval_questions(questions.training, number_of, negatives, arguments.num_hard_negatives)
+    validation = retrieval_questions(questions.validation, number_of, {}, 0)
     if all(question.passage == EMPTY_PASSAGE for question in validation):
         raise UserError("no question to evaluate on has an answer; choose others")
+    passages = tokenizer.passages(number_of.passages)
     return RetrievalData(
-        RetrievalPairs(training, number_of.passages, tokenizer),
+        RetrievalPairs(
+            training,
+            tokenizer.queries([question.text for question in training]),
+            passages,
+            tokenizer.empty_passage,
+        ),
         EncodedTexts(tokenizer.queries([question.text for question in validation])),
-        EncodedTexts(tokenizer.passages(searched)),
+        EncodedTexts(passages[:searched]),
         [question.passage for question in validation],
+        hard_negatives=sum(len(question.hard_negatives) for question in training),
     )
 
 
@@ -232,20 +241,39 @@ def evaluate_retrieval(
         return in_order(gather_object(list(own)))
 
     queries, passages = encode(data.queries, False), encode(data.passages, True)
+    has_none = np.array(data.relevant) == EMPTY_PASSAGE
+    empty = None
+    if has_none.any():
+        empty = encode(EncodedTexts([tokenizer.empty_passage] * accelerator.num_processes), True)[0]
+    # One rank searches for all.
+    found = [search_metrics(queries, passages, data.relevant, empty) if accelerator.is_main_process else None]
+    return broadcast_object_list(found)[0]
+
+
+def search_metrics(
+    queries: np.ndarray, passages: np.ndarray, relevant: Sequence[int], empty_passage: np.ndarray | None = None
+) -> dict[str, float]:
+    """The metrics of `evaluate_retrieval`.
+
+    Args:
+        queries: vectors, [queries, hidden].
+        passages: vectors, [passages, hidden].
+        relevant: of each query the number of its passage, or `EMPTY_PASSAGE`.
+        empty_passage: vector of the passage without text, [hidden]; needed where a query has no passage.
+    """
     hits = {
         str(number): list(zip(map(str, best.tolist()), scores.tolist(), strict=True))
         for number, (best, scores) in enumerate(best_passages(queries, passages, HITS))
-        if data.relevant[number] != EMPTY_PASSAGE
+        if relevant[number] != EMPTY_PASSAGE
     }
-    qrels = {query: {str(data.relevant[int(query)]): 1} for query in hits}
+    qrels = {query: {str(relevant[int(query)]): 1} for query in hits}
     metrics = retrieval_metrics(hits, qrels)
     for count in query_counts(hits, qrels):
         del metrics[count]
-    if len(hits) < len(queries):
-        empty = encode(EncodedTexts([tokenizer.empty_passage] * accelerator.num_processes), True)[0]
+    if empty_passage is not None:
         best_scores = np.array([scores[0] for _, scores in best_passages(queries, passages, 1)])
-        says_none = queries @ empty > best_scores
-        has_none = np.array(data.relevant) == EMPTY_PASSAGE
+        says_none = queries @ empty_passage > best_scores
+        has_none = np.array(relevant) == EMPTY_PASSAGE
         metrics["no_answer_accuracy"] = 100 * float(np.mean(says_none == has_none))
     return metrics
 

@@ -18,6 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from ..errors import UserError, file_error
 from ..files import whole_folder
+from ..loading import StoredSettings
 from .arguments import TrainingArguments
 from .checkpoint import MODEL_FOLDER, Evaluation, checkpoint_of, checkpoints_in, prune, read_state, verify
 from .launch import start_missing_processes
@@ -190,9 +191,10 @@ def finish_run(
     chosen: Evaluation,
     arguments: TrainingArguments,
     accelerator: Accelerator,
+    settings: StoredSettings | None = None,
 ) -> None:
-    """Put the model of the checkpoint that `train` has chosen, the tokenizer and eval_results.json into the run's
-    folder, and close its curves.
+    """Put the model of the checkpoint that `train` has chosen, the tokenizer, `settings` if there are any, and
+    eval_results.json into the run's folder, and close its curves.
 
     Raises:
         UserError: it cannot be written, or that checkpoint is damaged.
@@ -206,6 +208,8 @@ def finish_run(
                 verify(checkpoint)
                 shutil.copytree(checkpoint / MODEL_FOLDER, partial, dirs_exist_ok=True)
                 tokenizer.save_pretrained(partial)
+                if settings is not None:
+                    settings.save(partial)
                 results = {f"eval/{name}": value for name, value in chosen.metrics.items()}
                 (partial / RESULTS_FILE).write_text(json.dumps(results, indent=2) + "\n", "utf-8")
             written = list((folder / FINAL_FOLDER).iterdir())

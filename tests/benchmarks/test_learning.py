@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
+from matplotlib.axes import Axes
 from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM
 
@@ -27,14 +28,17 @@ import train_one
 
 from mixlm.data.batching import Position
 from mixlm.data.corpus import read_documents
-from mixlm.errors import UserError
+from mixlm.errors import RunStopped, UserError
 from mixlm.tokenization import train_tokenizer
-from mixlm.training.checkpoint import skeleton_of
+from mixlm.training.checkpoint import STATE_FILE, skeleton_of
 from mixlm.training.optimization import AdamW
+from mixlm.training.stopping import StopRequest
 
 SAMPLE = FOLDER.parents[1] / "mixlm" / "sample"
 LINE = {"name": "a", "model": "mixlm", "steps": 10, "seeds": [1, 2]}
 SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 32, "num_attention_heads": 2}
+
+TINY = {"hidden_size": 32, "ff_dim": 32, "num_hidden_layers": 1}
 
 
 class Tokenizer:
@@ -85,6 +89,49 @@ def test_the_tables_ask_for_what_there_is(file):
                 {**run, "corpus": "c", "tokenizer": "t"}, Path("x"), "run", num_steps=100
             )
             replace(arguments, **changed)
+
+
+def finalists(folder: Path, monkeypatch, **changed) -> None:
+    """Let tasks be of a finalist `a`."""
+    file = folder / "finalists.jsonl"
+    file.write_text(json.dumps({**LINE, "keep_model": True, **changed}), "utf-8")
+    monkeypatch.setattr(study, "KEPT_MODELS", file)
+
+
+TASK = {"name": "reads", "model": "mixlm", "task": "reading", "of": "a", "minutes": 1, "seeds": [1, 2]}
+
+
+def test_a_task_is_another_run_when_its_source_is(tmp_path, monkeypatch):
+    def keys():
+        return [study.key_of(run) for run in study.read_table(table(tmp_path, TASK))]
+
+    finalists(tmp_path, monkeypatch)
+    before = keys()
+    assert len(set(before)) == 2 and keys() == before
+    finalists(tmp_path, monkeypatch, arguments={"learning_rate": 1e-3})
+    assert not set(keys()) & set(before)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"keep_model": False}, "line 1: 'a' of .* does not keep its model"),
+        ({"name": "b"}, "line 1: .* has no 'a' with seed 1"),
+        ({"seeds": [1]}, "line 1: .* has no 'a' with seed 2"),
+    ],
+)
+def test_a_task_needs_a_finalist_that_keeps_its_model(tmp_path, monkeypatch, changed, message):
+    finalists(tmp_path, monkeypatch, **changed)
+    with pytest.raises(UserError, match=message):
+        study.read_table(table(tmp_path, TASK))
+
+
+def test_kept_results_have_the_keys_of_their_runs():
+    """What tells runs from each other may not change, or all of them would be made again."""
+    for result in study.read_results(study.RESULTS):
+        budget = next(name for name in study.BUDGETS if name in result)  # beside it, `steps` are what it became
+        told = {"name", "model", "seed", "source_key", budget, *study.OPTIONAL}
+        assert study.key_of({name: value for name, value in result.items() if name in told}) == result["key"]
 
 
 def test_results_are_kept_line_by_line(tmp_path):
@@ -150,7 +197,7 @@ def test_the_cosine_rises_to_the_peak_and_falls_to_nothing():
 
 def test_masked_tokens_alone_leave_the_order_out():
     torch.manual_seed(0)
-    model = models.build_model("mixlm", {"hidden_size": 32, "ff_dim": 32, "num_hidden_layers": 1}, Tokenizer())
+    model = models.build_model("mixlm", TINY, Tokenizer())
     labels = torch.full((2, 6), -100)
     labels[:, 2] = 7
     batch = {"input_ids": torch.full((2, 6), 7), "attention_mask": torch.ones(2, 6), "labels": labels}
@@ -160,39 +207,59 @@ def test_masked_tokens_alone_leave_the_order_out():
     torch.testing.assert_close(loss, model(**batch).mlm_loss)
 
 
-def test_a_table_compares_with_its_first_line(tmp_path):
-    def result(run, loss):
-        return {**run, "key": study.key_of(run), "metrics": {"mlm_loss": loss, "mlm_accuracy": 0.5, "sop_accuracy": 1}}
+def pretrained(run: dict, loss: float, **more) -> dict:
+    """A result of a run, as it is kept."""
+    metrics = {"mlm_loss": loss, "mlm_accuracy": 0.5, "sop_accuracy": 1}
+    return {"steps": 10, **run, "key": study.key_of(run), "metrics": metrics, "curve": [{"tokens": 2000}], **more}
 
-    file = table(tmp_path, {**LINE, "name": "base"}, {**LINE, "name": "other", "fields": {"ln_pos": 1}})
-    results = [result(run, loss) for run, loss in zip(study.read_table(file), [5.0, 6.0, 4.5, 5.7], strict=True)]
-    for each in results:
-        each["curve"] = [{"tokens": 2000}]
-    rows = report.markdown(report.lines_of(file, results)).splitlines()[2:]
+
+def test_a_table_compares_with_its_first_line(tmp_path):
+    timed = {name: value for name, value in LINE.items() if name != "steps"} | {"minutes": 3.2}
+    file = table(tmp_path, {**LINE, "name": "base"}, {**timed, "name": "other", "fields": {"ln_pos": 1}})
+    runs = study.read_table(file)
+    results = [pretrained(run, loss) for run, loss in zip(runs, [5.0, 6.0, 4.5, 5.7], strict=True)]
+    titles, _, *rows = report.markdown(report.lines_of(file, results)).splitlines()
+    assert "| difference to base |" in titles and "character" not in titles
     assert rows == [
-        "| base | 2 | 2k | 5.500 ± 0.707 |  | 50.0% | 100.0% |",
-        "| other | 2 | 2k | 5.100 ± 0.849 | -0.400 ± 0.141 | 50.0% | 100.0% |",
+        "| base | 2 of 2 |  | 10 | 2k | 5.500 ± 0.707 |  | 50.0% | 100.0% |",
+        "| other | 2 of 2 | 3.2 | 10 | 2k | 5.100 ± 0.849 | -0.400 ± 0.141 | 50.0% | 100.0% |",
     ]
-    some = report.markdown(report.lines_of(file, results[:1])).splitlines()[2:]
-    assert some == ["| base | 1 | 2k | 5.000 |  | 50.0% | 100.0% |", "", "1 of 4 runs are made."]
+    some = report.markdown(report.lines_of(file, results[:3])).splitlines()[3:]
+    assert some == [
+        "| other | 1 of 2 | 3.2 | 10 | 2k | 4.500 | -0.500 (1 seed) | 50.0% | 100.0% |",
+        "",
+        "3 of 4 runs are made.",
+    ]
     assert report.markdown(report.lines_of(file, [])) == "Not run yet.\n"
 
 
-def test_a_table_of_tasks_shows_what_they_are_judged_by(tmp_path):
-    line = {"model": "mixlm", "of": "a", "minutes": 1}
-    file = table(
-        tmp_path,
-        {**line, "name": "reads", "task": "reading", "seeds": [1, 2]},
-        {**line, "name": "finds", "task": "retrieval", "seeds": [1]},
-    )
+def test_different_vocabularies_are_compared_by_character(tmp_path):
+    file = table(tmp_path, {**LINE, "name": "base"}, {**LINE, "name": "larger", "vocabulary": 16000})
+    results = [
+        pretrained(run, loss, characters_per_token=characters)
+        for run, loss, characters in zip(
+            study.read_table(file), [5.0, 5.0, 6.0, 6.0], [2.0, 2.0, 3.0, 3.0], strict=True
+        )
+    ]
+    titles, _, *rows = report.markdown(report.lines_of(file, results)).splitlines()
+    assert "| characters per token | nats per character | difference to base |" in titles
+    assert "| 5.000 ± 0.000 | 2.00 | 2.500 ± 0.000 |  |" in rows[0]
+    assert "| 6.000 ± 0.000 | 3.00 | 2.000 ± 0.000 | -0.500 ± 0.000 |" in rows[1]
+
+
+def test_a_table_of_tasks_shows_what_they_are_judged_by(tmp_path, monkeypatch):
+    finalists(tmp_path, monkeypatch)
+    file = table(tmp_path, TASK, {**TASK, "name": "finds", "task": "retrieval"})
     metrics = [{"exact_match": 1, "f1": 20}, {"exact_match": 3, "f1": 20}, {"accuracy@1": 5, "mrr@10": 7}]
     results = [
         {**run, "key": study.key_of(run), "steps": 1200, "metrics": of_run}
-        for run, of_run in zip(study.read_table(file), metrics, strict=True)
+        for run, of_run in zip(study.read_table(file)[:3], metrics, strict=True)
     ]
     assert report.markdown(report.lines_of(file, results)).splitlines()[2:] == [
-        "| reads | 2 | 1,200 | 2.0 ± 1.4 | 20.0 ± 0.0 |  |  |",
-        "| finds | 1 | 1,200 |  |  | 5.0 | 7.0 |",
+        "| reads | 2 of 2 | 1 | 1,200 | 2.0 ± 1.4 | 20.0 ± 0.0 |  |  |",
+        "| finds | 1 of 2 | 1 | 1,200 |  |  | 5.0 | 7.0 |",
+        "",
+        "3 of 4 runs are made.",
     ]
 
 
@@ -216,9 +283,15 @@ def test_a_kept_peer_is_fine_tuned(tmp_path, task):
                 torch.testing.assert_close(weights[name], parameter.detach())
 
 
-def test_a_model_that_was_not_kept_is_named(tmp_path):
-    with pytest.raises(UserError, match="no model of 'nobody', seed 1 was kept"):
-        study.source_of({"name": "a", "of": "nobody", "seed": 1}, tmp_path)
+def test_a_model_that_was_not_kept_is_named_before_any_run(tmp_path, monkeypatch):
+    finalists(tmp_path, monkeypatch)
+    monkeypatch.setattr(study, "make", lambda *_: pytest.fail("a run was made"))
+    monkeypatch.setattr(study, "prepare_tokenizer", lambda *_: pytest.fail("a tokenizer was made"))
+    file = table(tmp_path, {**LINE, "seeds": [1]}, {**TASK, "seeds": [2]})
+    options = ["--corpus_path", "c", "--questions", "q", "--work_dir", str(tmp_path / "work")]
+    monkeypatch.setattr(sys, "argv", ["study.py", str(file), *options, "--results", str(tmp_path / "results.jsonl")])
+    with pytest.raises(UserError, match="reads: .* has no model of 'a', seed 2"):
+        study.main.__wrapped__()
 
 
 def test_the_page_shows_the_kept_results():
@@ -236,6 +309,85 @@ def test_curves_are_drawn(tmp_path):
     assert report.minutes_of(lines[0].results[1]) == [0.5, 1.0, 1.5, 2.0]
     report.draw_curves(lines, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 10_000
+
+
+def test_seeds_are_averaged_at_like_places(tmp_path, monkeypatch):
+    """Curves of 4 and of 8 points, of runs whose budget became other numbers of steps, on one straight line."""
+    drawn = []
+    plot = Axes.plot
+    monkeypatch.setattr(Axes, "plot", lambda axis, *xy, **more: drawn.append(xy) or plot(axis, *xy, **more))
+    results = {}
+    for seed, steps, first, distance in [(1, 40, 10, 10), (2, 80, 20, 5)]:
+        curve = [
+            {"step": step, "tokens": 50_000 * step, "mlm_loss": 7 - 2 * step / steps}
+            for step in range(first, steps + 1, distance)
+        ]
+        results[seed] = {"minutes": 2, "steps": steps, "curve": curve, "metrics": {"unigram_loss": 7.0}}
+    report.draw_curves([report.Line("a", results, 2)], tmp_path / "curves.png")
+    (minutes, by_minutes), (tokens, by_tokens) = drawn
+    assert (minutes[0], minutes[-1]) == (0.5, 2.0) and (tokens[0], tokens[-1]) == (1.0, 2.0)
+    assert by_minutes == pytest.approx(7 - minutes)
+    assert by_tokens == pytest.approx(7 - (tokens + tokens / 2) / 2)
+
+
+def test_a_run_goes_on_where_the_curve_has_a_point(tmp_path):
+    """Stopped between two points, or killed before a point was written, it goes back to the last of both."""
+    for step in (75, 130, 150):
+        folder = tmp_path / f"step-{step:08d}"
+        folder.mkdir()
+        (folder / STATE_FILE).write_text("{}")
+    curve = [{"step": 75}, {"step": 225}]
+    assert train_one.step_with_point(tmp_path, curve) == 75
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000075"]
+    assert train_one.step_with_point(tmp_path, []) == 0 and not list(tmp_path.iterdir())
+    assert train_one.step_with_point(tmp_path / "nothing", []) == 0
+
+
+@pytest.mark.parametrize("killed_at", ["a point", "a step between points", "the last point", "the result"])
+def test_a_killed_run_has_the_curve_of_one_that_was_not(tmp_path, monkeypatch, killed_at):
+    class Killed(BaseException):
+        pass
+
+    def killing(function, number):
+        calls = itertools.count(1)
+
+        def counted(*arguments, **more):
+            if next(calls) == number:
+                raise Killed
+            return function(*arguments, **more)
+
+        return counted
+
+    tokenizer = train_tokenizer((s for d in read_documents(SAMPLE) for s in d.sentences), 500, show_progress=False)
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    (run, *_) = study.read_table(table(tmp_path, {**LINE, "steps": 24, "fields": TINY}))
+    specification = {**run, "corpus": str(SAMPLE), "tokenizer": str(tmp_path / "tokenizer")}
+    monkeypatch.setenv("MIXLM_CACHE", str(tmp_path / "cache"))
+
+    def make(name):
+        (tmp_path / name).mkdir(exist_ok=True)
+        return train_one.train_one(specification, tmp_path / name)
+
+    def points(result):
+        return [{name: value for name, value in each.items() if name != "cpu_seconds"} for each in result["curve"]]
+
+    whole = make("whole")
+    assert [each["step"] for each in whole["curve"]] == list(range(3, 25, 3))
+    with monkeypatch.context() as patches:
+        match killed_at:
+            case "a point":
+                patches.setattr(train_one, "evaluate_pretraining", killing(train_one.evaluate_pretraining, 3))
+            case "the last point":
+                patches.setattr(train_one, "evaluate_pretraining", killing(train_one.evaluate_pretraining, 8))
+            case "the result":
+                patches.setattr(train_one, "characters_per_token", killing(train_one.characters_per_token, 1))
+            case "a step between points":  # by a signal, so that a checkpoint is written there
+                stops = itertools.count(1)
+                reason = lambda request: "stopped" if next(stops) == 8 else None  # noqa: E731
+                patches.setattr(StopRequest, "reason", reason)
+        with pytest.raises((Killed, RunStopped)):
+            make("killed")
+    assert points(make("killed")) == points(whole)
 
 
 def test_the_meter_counts_steps_and_not_what_lies_between(monkeypatch):
@@ -303,7 +455,7 @@ def test_a_study_makes_a_run_and_keeps_it_once(tmp_path, monkeypatch, capsys):
         "steps": 8,
         "vocabulary": 500,
         "keep_model": True,
-        "fields": {"hidden_size": 32, "ff_dim": 32, "num_hidden_layers": 1},
+        "fields": TINY,
     }
     file = table(tmp_path, line)
     results = tmp_path / "results.jsonl"

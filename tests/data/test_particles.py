@@ -84,5 +84,5 @@ def test_what_is_left_is_the_beginning_of_the_part(data):
 
 def test_without_kiwi_it_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "kiwipiepy", None)
-    with pytest.raises(UserError, match=r"needs kiwipiepy; install it with: pip install 'mixlm\[korean\]'"):
+    with pytest.raises(UserError, match=r"kiwipiepy is not installed; install it with: pip install 'mixlm\[korean\]'"):
         require_kiwi()

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mixlm.data import passages as passages_module
 from mixlm.data.passages import Passage, read_passages, windows
 from mixlm.errors import UserError
 
@@ -108,7 +109,10 @@ ONE = '{"id": "a", "text": "x"}\n'
     ("name", "text", "parts"),
     [
         ("p.jsonl", ONE + "{x\n", ["line 2, column 2", "not JSON"]),
-        ("p.jsonl", ONE + "[1]\n", ["line 2", '"id"', "[1]"]),
+        ("p.jsonl", ONE + "[" * 10**5 + "\n", ["line 2", "cannot be read as JSON"]),
+        ("p.jsonl", ONE + "9" * 10**4 + "\n", ["line 2", "cannot be read as JSON"]),
+        ("p.json", "[" * 10**5, ["line 1", "cannot be read as JSON"]),
+        ("p.jsonl", ONE + "[1]\n", ["line 2", "[1]", "as an object"]),
         ("p.jsonl", ONE + '{"text": "x"}\n', ["line 2", 'no "id"', "found there: text"]),
         ("p.jsonl", ONE + '{"id": "b"}\n', ["line 2", 'no "text"']),
         ("p.jsonl", ONE + '{"id": "b", "text": null}\n', ["line 2", '"text" is None']),
@@ -140,6 +144,13 @@ def test_an_id_that_two_files_have_is_named_with_both(tmp_path):
     (tmp_path / "2.tsv").write_text("b\ty\na\tz\n")
     with pytest.raises(UserError, match=r"2\.tsv, line 2: 'a' .*1\.jsonl, line 1\)"):
         list(read_passages([tmp_path / "1.jsonl", tmp_path / "2.tsv"]))
+
+
+def test_ids_of_the_same_hash_are_different_ids(tmp_path, monkeypatch):
+    monkeypatch.setattr(passages_module, "hash", lambda _: 5, raising=False)
+    assert read(tmp_path, "p.jsonl", JSON_LINES) == PASSAGES
+    with pytest.raises(UserError, match="line 3: 'a' .*line 1"):
+        read(tmp_path, "p.jsonl", JSON_LINES + ONE)
 
 
 def test_a_title_is_enough(tmp_path):

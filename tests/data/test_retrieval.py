@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -76,10 +77,33 @@ def test_texts_keep_their_order_from_one_batch_to_the_next(monkeypatch):
     ]
 
 
+def pairs_of(questions: list[RetrievalQuestion], passages: list[Passage]) -> RetrievalPairs:
+    tokenizer = RetrievalTokenizer(tiny_tokenizer())
+    queries = tokenizer.queries([question.text for question in questions])
+    return RetrievalPairs(questions, queries, tokenizer.passages(passages), tokenizer.empty_passage)
+
+
+def test_the_longest_pair_has_the_longest_question_and_the_most_and_longest_passages():
+    passages = [Passage("0", "", "한국"), Passage("1", "서울", "한국 수도"), Passage("2", "", "서울")]
+    questions = [
+        RetrievalQuestion("a", "서울 한국 수도", EMPTY_PASSAGE),
+        RetrievalQuestion("b", "서울", 0, (1,)),
+        RetrievalQuestion("c", "수도", 0, (2, EMPTY_PASSAGE)),
+    ]
+    pairs = pairs_of(questions, passages)
+    longest = pairs.longest()
+    assert longest["input_ids"].tolist() == [CLS, SEOUL, KOREA, CAPITAL, SEP]
+    assert lists(longest["context_input_ids"]) == [[CLS, SEOUL, SEP, KOREA, CAPITAL, SEP]] * 3
+    batch = collate([longest] * 4, pad_token_id=0)
+    for index in range(3):
+        for name, tensor in collate([pairs[0, index]] * 4, pad_token_id=0).items():
+            assert all(own <= most for own, most in zip(tensor.shape, batch[name].shape, strict=True)), name
+
+
 def test_pairs_are_as_the_objective_takes_them():
     passages = [Passage("0", "", "한국"), Passage("1", "서울", "한국 수도")]
     questions = [RetrievalQuestion("a", "서울", 0, (1,)), RetrievalQuestion("b", "수도 수도", EMPTY_PASSAGE)]
-    pairs = RetrievalPairs(questions, passages, RetrievalTokenizer(tiny_tokenizer()))
+    pairs = pairs_of(questions, passages)
     assert len(pairs) == 2 and pairs.lengths.tolist() == [3 + 6, 4 + 2]
     batch = collate([pairs[0, 1], pairs[5, 0]], pad_token_id=0)
     assert {name: tensor.tolist() for name, tensor in batch.items()} == {
@@ -113,31 +137,31 @@ def test_questions_and_their_passages():
     mined = {
         "a": [("T", "z"), ("T", "x"), ("T", "z")],  # one of them twice, and its own paragraph
         "b": [("T", "y"), ("T", "x")],
-        "c": [("U", "y")],  # the same text under another title is another passage
+        "c": [("U", "y"), ("T", "z")],  # its own text under another title is no negative of it
+        "d": [("T", "z"), ("T", "x"), ("T", "y"), ("U", "y")],
         "x": [("T", "not asked for")],
     }
     number_of = PassageNumbers()
-    found = retrieval_questions(examples, number_of, mined)
+    found = retrieval_questions(examples, number_of, mined, 2)
     texts = [(passage.title, passage.text) for passage in number_of.passages]
-    x, y, z, other = (texts.index(each) for each in (("T", "x"), ("T", "y"), ("T", "z"), ("U", "y")))
+    x, y, z = (texts.index(("T", text)) for text in "xyz")
     assert found == [
         RetrievalQuestion("a", "a?", x, (z,)),
         RetrievalQuestion("b", "b?", EMPTY_PASSAGE, (x, y)),
-        RetrievalQuestion("c", "c?", y, (other,)),
-        RetrievalQuestion("d", "d?", z, ()),
+        RetrievalQuestion("c", "c?", y, (z,)),
+        RetrievalQuestion("d", "d?", z, (x, y)),
     ]
-    assert len(texts) == 4
+    assert len(texts) == 3
 
 
-def test_hard_negatives_are_the_first_of_each_question(tmp_path):
+def test_hard_negatives_by_question(tmp_path):
     lines = [
         {"id": "a", "negatives": [{"title": "T", "text": "x"}, {"title": None, "text": "y"}, {"text": "z"}]},
         {"id": "b", "negatives": [], "more": 1},
     ]
     file = tmp_path / "negatives.jsonl.gz"
     file.write_bytes(gzip.compress(("\n\n".join(map(json.dumps, lines)) + "\n").encode()))
-    assert read_hard_negatives(file, 2) == {"a": [("T", "x"), ("", "y")], "b": []}
-    assert read_hard_negatives(file, 9)["a"][2] == ("", "z")
+    assert read_hard_negatives(file) == {"a": [("T", "x"), ("", "y"), ("", "z")], "b": []}
 
 
 @pytest.mark.parametrize(
@@ -161,8 +185,8 @@ def test_a_line_that_is_no_hard_negatives_is_named(tmp_path, line):
     file = tmp_path / "negatives.jsonl"
     file.write_text('{"id": "x", "negatives": []}\n\n' + line + "\n")
     with pytest.raises(UserError) as caught:
-        read_hard_negatives(file, 1)
-    assert str(caught.value).startswith(f"{file}, line 3: not the hard negatives of a question; write")
+        read_hard_negatives(file)
+    assert str(caught.value).startswith(f"{file}, line 3")
     assert "\n" not in str(caught.value)
 
 
@@ -170,12 +194,13 @@ def test_a_file_without_hard_negatives(tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n")
     for name, message in (("empty.jsonl", "has no hard negatives"), ("nowhere.jsonl", "nowhere.jsonl")):
         with pytest.raises(UserError, match=message):
-            read_hard_negatives(tmp_path / name, 1)
+            read_hard_negatives(tmp_path / name)
 
 
 def test_cloze_pairs_are_the_examples_of_pretraining_without_masks():
     corpus = ListedCorpus([5, 8, 3, 12, 30, 9, 9, 9, 1, 2])
     pairs, examples = ClozePairs(corpus, BLOCKS, CLS, SEP, MAX_SEQ_LENGTH, 1), make(InverseClozeExamples, corpus)
+    pickle.dumps(pairs)  # as for worker processes that are spawned
     assert len(pairs) == len(examples) and np.array_equal(pairs.lengths, examples.lengths)
     for key in [(epoch, index) for epoch in range(20) for index in range(len(pairs))]:
         pair, masked = pairs[key], examples[key]

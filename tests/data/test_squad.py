@@ -252,7 +252,7 @@ class TestRefused:
     def test_not_utf8(self, tmp_path):
         file = tmp_path / "a.json"
         file.write_bytes(b'{"data":\n"\xff"}')
-        assert "line 2: not UTF-8 at byte offset 10 (0xff)" in refused(read_squad, file)
+        assert "line 2: byte 0xff at offset 10 of the text is not UTF-8" in refused(read_squad, file)
 
     @pytest.mark.parametrize(("name", "damage"), [("a.json.gz", "truncated"), ("a.json.xz", "truncated")])
     def test_damaged(self, tmp_path, name, damage):

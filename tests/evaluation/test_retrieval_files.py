@@ -3,6 +3,7 @@
 import gzip
 import json
 import lzma
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mixlm.cli import main
+from mixlm.data.text_files import write_text
 from mixlm.errors import UserError
 from mixlm.evaluation.retrieval import METRICS, ranking
-from mixlm.evaluation.retrieval_files import beir_files, read_qrels, read_queries, read_run, write_run
+from mixlm.evaluation.retrieval_files import (
+    beir_files,
+    read_qrels,
+    read_queries,
+    read_run,
+    read_squad_judgements,
+    write_run,
+)
 
 RUN = "1 Q0 b 1 2.5 system\n1 Q0 a 2 1e-3 system\n\n2\tQ0\ta  1 -4 system\r\n"
 HITS = {"1": [("b", 2.5), ("a", 0.001)], "2": [("a", -4.0)]}
@@ -104,12 +113,13 @@ def test_a_beir_folder(tmp_path):
         (read_qrels, BEIR_QRELS + "3\t\t1\n", "line 5: not a query, a passage and a grade"),
         (read_qrels, BEIR_QRELS + "3\ta\tyes\n", "line 5: the grade 'yes' is not a whole number"),
         (read_qrels, "query-id\tcorpus-id\tscore\n", "line 1: no judgement after the header"),
-        (read_queries, "", "the file has no queries"),
-        (read_queries, '{"id": "1", "text": "a"}\n{"id"', "line 2: not JSON: "),
+        (read_queries, "", "the file has no query"),
+        (read_queries, '{"id": "1", "text": "a"}\n{"id"', "line 2, column 6: not JSON: "),
         (read_queries, '{"id": "1"}', 'line 1: found {"id": "1"} where a query is wanted'),
         (read_queries, '{"_id": "", "text": "a"}', "line 1: found .* where a query is wanted"),
         (read_queries, '{"id": "1", "text": " "}', "line 1: found .* where a query is wanted"),
-        (read_queries, '["1", "a"]', "line 1: found .* where a query is wanted"),
+        (read_queries, '["1", "a"]', "line 1: found .* where an object is wanted; every line must hold one query"),
+        (read_queries, '{"id": "1", "text": "\\ud800"}', "line 1: half of a surrogate pair"),
         (
             read_queries,
             '{"id": "1", "text": "a"}\n{"_id": "1", "text": "b"}',
@@ -137,9 +147,23 @@ def test_a_run_that_cannot_be_written(tmp_path):
     for hits in ({"a b": [("c", 1.0)]}, {"a": [("", 1.0)]}, {"a": [("b\n", 1.0)]}):
         with pytest.raises(UserError, match="cannot stand in a TREC run"):
             write_run(tmp_path / "run", hits)
-    assert not (tmp_path / "run").exists()
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(UserError, match="it is no file"):
+        write_run(tmp_path, HITS)
     with pytest.raises(UserError, match="absent/run: cannot be written: No such file"):
         write_run(tmp_path / "absent" / "run", HITS)
+
+
+@pytest.mark.parametrize("name", ["run", "run.gz", "run.xz"])
+def test_a_file_is_whole_or_as_it_was(tmp_path, name):
+    def pieces():
+        yield "new"
+        raise KeyboardInterrupt
+
+    write_run(tmp_path / name, HITS)
+    with pytest.raises(KeyboardInterrupt):
+        write_text(tmp_path / name, pieces())
+    assert read_run(tmp_path / name) == HITS and len(list(tmp_path.iterdir())) == 1
 
 
 def evaluate(*arguments: str | Path) -> None:
@@ -186,6 +210,55 @@ def test_evaluate_as_json(data, capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["compare"]["missing"] == 1 and found["difference"].keys() == METRICS.keys()
     assert found["difference"]["accuracy@5"]["mean"] == pytest.approx(5.0)
+
+
+@pytest.fixture
+def korquad(tmp_path) -> Path:
+    """Two articles of two paragraphs, each with a question: the number of the paragraph is its answer."""
+    articles = []
+    for article in range(2):
+        paragraphs = []
+        for number in range(2):
+            answer = {"text": f"답{article}{number}", "answer_start": 0}
+            question = {"id": f"q{article}{number}", "question": "?", "answers": [answer]}
+            paragraphs.append({"context": f"답{article}{number} 글", "qas": [question]})
+        articles.append({"title": "", "paragraphs": paragraphs})
+    articles[1]["paragraphs"][0]["qas"].append({"id": "none", "question": "?", "answers": [], "is_impossible": True})
+    return written(tmp_path, json.dumps({"data": articles}), "squad.json")
+
+
+def test_a_squad_file_judges_by_paragraph(korquad):
+    qrels, answers = read_squad_judgements(korquad)
+    assert qrels == {f"q{place}": {f"squad-{place[0]}-{place[1]}": 1} for place in ("00", "01", "10", "11")}
+    assert answers["q10"] == ("답10",)
+    assert read_squad_judgements(korquad, "1:").qrels.keys() == {"q10", "q11"}
+
+
+def test_evaluate_by_a_squad_file(korquad, tmp_path, capsys):
+    """The first question finds its paragraph; the second another passage, in which its answer is too."""
+    other = written(tmp_path, json.dumps({"id": "x", "text": unicodedata.normalize("NFD", "답11")}), "other.jsonl")
+    write_run(tmp_path / "run", {"q10": [("squad-1-0", 1.0)], "q11": [("x", 1.0)], "none": [("x", 1.0)]})
+    asked = ["--hits", tmp_path / "run", "--qrels", korquad, "--articles", "1:2", "--json"]
+    evaluate(*asked, "--passages", korquad, other, "--compare", tmp_path / "run")
+    found = json.loads(capsys.readouterr().out)
+    assert found["hits"]["accuracy@1"] == 50 and found["hits"]["answer_accuracy@1"] == 100
+    assert found["hits"]["total"] == 2 and found["hits"]["unjudged"] == 1
+    assert found["difference"]["answer_accuracy@1"]["mean"] == 0
+    evaluate(*asked)
+    assert "answer_accuracy@1" not in json.loads(capsys.readouterr().out)["hits"]
+
+
+def test_what_is_for_squad_files_alone_is_refused_elsewhere(data, korquad, capsys):
+    asked = ["--hits", data / "good.trec", "--qrels"]
+    for arguments, part in [
+        ([data / "qrels" / "test.tsv", "--articles", "1:"], "--articles are of SQuAD-style"),
+        ([data / "qrels" / "test.tsv", "--passages", korquad], "--passages are for SQuAD-style"),
+        ([korquad, "--articles", "7:"], "no question is in this range"),
+    ]:
+        with pytest.raises(SystemExit):
+            evaluate(*asked, *arguments)
+        error = capsys.readouterr().err
+        assert part in error and error.count("\n") == 1
 
 
 def test_evaluate_says_what_is_wrong(data, capsys):

@@ -19,10 +19,10 @@ from mixlm.evaluation.retrieval import (
     paired_difference,
     query_counts,
     ranking,
+    ranking_scores,
     recall,
     reciprocal_rank,
     retrieval_metrics,
-    retrieval_scores,
 )
 
 PROPERTY = settings(derandomize=True, deadline=None, database=None, max_examples=100)
@@ -84,7 +84,7 @@ class TestByHand:
 
     def test_no_judged_queries(self):
         with pytest.raises(UserError, match="no judged queries"):
-            retrieval_scores({"1": [("a", 1.0)]}, {})
+            ranking_scores({"1": [("a", 1.0)]}, {})
 
 
 class TestRanking:
@@ -110,7 +110,7 @@ def test_trec_eval_says_the_same(hits, qrels):
     official = pytrec_eval.RelevanceEvaluator(qrels, measures).evaluate(
         {query: dict(found) for query, found in hits.items()}
     )
-    scores = retrieval_scores(hits, qrels)
+    scores = ranking_scores(hits, qrels)
     for query in qrels:
         expected = official.get(query)
         for name, theirs in names.items():

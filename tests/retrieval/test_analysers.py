@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mixlm.data.packages import required
 from mixlm.errors import UserError
-from mixlm.retrieval.analysers import ANALYSERS, BigramAnalyser, MorphemeAnalyser, required
+from mixlm.retrieval.analysers import ANALYSERS, BigramAnalyser, MorphemeAnalyser
 
 bigrams = BigramAnalyser().terms
 

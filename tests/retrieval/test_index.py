@@ -1,11 +1,13 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from mixlm.data.passages import Passage
 from mixlm.errors import UserError
+from mixlm.retrieval import index as index_module
 from mixlm.retrieval.analysers import BigramAnalyser, MorphemeAnalyser
 from mixlm.retrieval.index import build_index, open_index
 
@@ -131,9 +133,14 @@ def test_a_damaged_manifest_is_refused(folder):
     for text, part in [
         ("{", "damaged"),
         ("[]", "damaged"),
-        ("{}", "'format'"),
+        ("{}", "damaged"),
+        ("[" * 10**5, "damaged"),
         (json.dumps({**manifest, "format": 99}), "format 99"),
-        (json.dumps({**manifest, "lexical": {"analyser": "x"}}), "'x'"),
+        (json.dumps({**manifest, "lexical": {"analyser": "x"}}), "damaged"),
+        (json.dumps({**manifest, "files": {}}), "damaged"),
+        (json.dumps({**manifest, "files": {"../other": ""}}), "damaged"),
+        (json.dumps({**manifest, "passages": [5]}), "damaged"),
+        (json.dumps({name: value for name, value in manifest.items() if name != "libraries"}), "damaged"),
     ]:
         file.write_text(text)
         assert_refused(folder, part)
@@ -141,6 +148,28 @@ def test_a_damaged_manifest_is_refused(folder):
     assert_refused(folder, "manifest.json")
     build_index(PASSAGES, folder, BigramAnalyser())  # as the message says
     assert found(folder, "dog") == [PASSAGES[2]]
+
+
+def test_an_index_of_another_library_is_refused(folder, monkeypatch):
+    monkeypatch.setattr(index_module, "version", lambda name: "0.1.0")
+    assert_refused(folder, "was built with bm25s", "0.1.0 is installed")
+
+
+def test_what_a_library_cannot_read_is_one_line(folder, monkeypatch):
+    def fails(*arguments):
+        raise RuntimeError("in a\nlibrary")
+
+    monkeypatch.setattr(index_module.LexicalIndex, "load", fails)
+    assert_refused(folder, "cannot open it (in a library)")
+
+
+@pytest.mark.parametrize("name", [".", "..", "/", "../here"])
+def test_the_folder_somebody_stands_in_is_not_replaced(tmp_path, monkeypatch, name):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(UserError, match="is the folder that this is run in, or holds it"):
+        build_index(PASSAGES, Path(name), BigramAnalyser())
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path):

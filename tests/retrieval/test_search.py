@@ -4,18 +4,20 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from mixlm.cli import main
 from mixlm.data.passages import Passage
-from mixlm.encoder import MixLMEncoder
+from mixlm.encoder import Encoding, MixLMEncoder
 from mixlm.errors import UserError
 from mixlm.evaluation.retrieval_files import read_run
 from mixlm.retrieval import index as index_module
 from mixlm.retrieval.analysers import BigramAnalyser
 from mixlm.retrieval.fusion import interpolation, reciprocal_rank_fusion
+from mixlm.retrieval.hits import Found
 from mixlm.retrieval.index import build_index, open_index
 from mixlm.retrieval.search import WEIGHTS, Search
 from mixlm.retrieval.vectors import StoredVectors, encode_passages
@@ -64,13 +66,14 @@ def error_of(capsys, arguments):
 
 
 def rows(hits):
-    return [[row for row, _ in of_question] for of_question in hits]
+    return [[row for row, _ in found.hits] for found in hits]
 
 
 def test_the_manifest_says_what_is_there(folder, retriever):
     manifest = open_index(folder / "index").manifest
     encoder = MixLMEncoder.from_pretrained(retriever, "cpu").fingerprint()
-    assert manifest["dense"] == {"kind": "exact", "dimension": 16, "dtype": "float32", "encoder": encoder}
+    made_by = {"encoder": encoder, "model": str(Path(retriever).resolve())}
+    assert manifest["dense"] == {"kind": "exact", "dimension": 16, "dtype": "float32", **made_by}
     assert "dense/vectors.faiss" in manifest["files"] and "faiss" in manifest["libraries"]
 
 
@@ -79,25 +82,28 @@ def test_dense_hits_are_the_greatest_inner_products(search, passages, retriever)
     scores = encoder.encode_queries(QUESTIONS) @ encoder.encode_passages(passages).T
     hits = list(search.dense(QUESTIONS, 100))
     for of_question, found in zip(scores, hits, strict=True):
-        assert [hit.row for hit in found] == np.lexsort((np.arange(7), -of_question.round(4))).tolist()
-        assert [hit.score for hit in found] == pytest.approx(sorted(of_question, reverse=True), rel=1e-4, abs=1e-4)
+        assert [hit.row for hit in found.hits] == np.lexsort((np.arange(7), -of_question.round(4))).tolist()
+        assert [hit.score for hit in found.hits] == pytest.approx(
+            sorted(of_question, reverse=True), rel=1e-4, abs=1e-4
+        )
 
 
 def test_hybrid_hits_are_both_rankings_fused(search):
-    dense, lexical = list(search.dense(QUESTIONS, 200)), list(search.index.lexical.search(QUESTIONS, 200))
+    dense = [found.hits for found in search.dense(QUESTIONS, 200)]
+    lexical = list(search.index.lexical.search(QUESTIONS, 200))
     fused = [reciprocal_rank_fusion(both, 5) for both in zip(dense, lexical, strict=True)]
-    assert list(search.hybrid(QUESTIONS, 5)) == fused
-    search.index.store_tuning({"weight": 0.3})
+    assert [found.hits for found in search.hybrid(QUESTIONS, 5)] == fused
+    search.index.store_tuning("hybrid", {"weight": 0.3})
     fused = [interpolation(*both, 0.3, 5) for both in zip(dense, lexical, strict=True)]
-    assert list(search.hybrid(QUESTIONS, 5)) == fused
+    assert [found.hits for found in search.hybrid(QUESTIONS, 5)] == fused
     assert open_index(search.index.folder).weight == 0.3
 
 
 @pytest.mark.parametrize("mode", ["dense", "hybrid"])
 def test_a_blank_question_has_no_hits_and_changes_no_other(search, mode, monkeypatch):
     find = getattr(search, mode)
-    assert list(find(["", "  ", *QUESTIONS, "\n"], 3)) == [[], [], *find(QUESTIONS, 3), []]
-    assert list(find([""], 3)) == [[]] and list(find([], 3)) == []
+    assert list(find(["", "  ", *QUESTIONS, "\n"], 3)) == [Found([])] * 2 + [*find(QUESTIONS, 3), Found([])]
+    assert list(find([""], 3)) == [Found([])] and list(find([], 3)) == []
     expected = list(find(QUESTIONS, 3))
     monkeypatch.setattr("mixlm.retrieval.search._QUESTIONS_AT_ONCE", 3)
     assert rows(find(QUESTIONS, 3)) == rows(expected)
@@ -131,7 +137,7 @@ def test_a_new_index_has_what_was_added_and_not_what_was_removed(folder, passage
     assert manifest["dense"]["kind"] == kind and manifest["dense"].get("recall@10", 1.0) == 1.0
     search = Search(open_index(folder / "index"), MixLMEncoder.from_pretrained(retriever, "cpu"))
     for find in (search.dense, search.hybrid):
-        ids = {search.index.passages.id_of_row(row) for row, _ in next(find(["가장 큰 섬은?"], 10))}
+        ids = {search.index.passages.id_of_row(row) for row, _ in next(find(["가장 큰 섬은?"], 10)).hits}
         assert ids == {passage.id for passage in changed}
 
 
@@ -197,10 +203,10 @@ def test_tuning_scores_the_hits_of_each_weight(search):
     assert set(scores) == {None, *WEIGHTS}
     assert scores[0.0] == pytest.approx(100)  # each has the most terms of its question
     for weight in scores:
-        search.index.store_tuning({"weight": weight})
+        search.index.store_tuning("hybrid", {"weight": weight})
         ranks = []
-        for query, hits in zip("abc", search.hybrid(QUESTIONS[:3], 10), strict=True):
-            found = [search.index.passages.id_of_row(row) for row, _ in hits]
+        for query, fused in zip("abc", search.hybrid(QUESTIONS[:3], 10), strict=True):
+            found = [search.index.passages.id_of_row(row) for row, _ in fused.hits]
             ranks.append(1 + found.index(next(iter(qrels[query]))))
         assert scores[weight] == pytest.approx(100 * sum(1 / rank for rank in ranks) / 3)
     with pytest.raises(UserError, match="no query is judged"):
@@ -231,6 +237,55 @@ class TestVerbs:
         main(["search", "--index", "index", "--model", retriever, "--query", " "])
         assert capsys.readouterr().out == "no passage is found for this question\n"
 
+    def test_the_index_knows_where_its_encoder_is(self, folder, retriever, capsys):
+        moved = folder / "moved"
+        shutil.copytree(retriever, moved)
+        main("encode --model moved --passages passages.jsonl --out new-vectors".split())
+        main("index --vectors new-vectors --out index".split())
+        search = "search --index index --queries questions.jsonl --top_k 20 --mode hybrid --out"
+        main(f"{search} here.trec".split())
+        moved.rename(folder / "elsewhere")
+        assert f"{moved}: the encoder of index is no longer there; give its folder as --model" in error_of(
+            capsys, f"{search} gone.trec"
+        )
+        main(f"{search} elsewhere.trec --model elsewhere".split())
+        assert (folder / "elsewhere.trec").read_text() == (folder / "here.trec").read_text()
+
+    def test_a_passage_without_text_says_that_there_is_no_answer(self, folder, retriever, capsys):
+        shutil.copytree(retriever, folder / "null")
+        Encoding(max_query_length=16, max_passage_length=32, null_passage=True).save(folder / "null")
+        main("encode --model null --passages passages.jsonl --out null-vectors".split())
+        main("index --vectors null-vectors --out null-index".split())
+        capsys.readouterr()
+        encoder = MixLMEncoder.from_pretrained(folder / "null", "cpu")
+        expected = encoder.encode_queries(QUESTIONS) @ encoder.encode_empty_passage()
+        best = (
+            encoder.encode_queries(QUESTIONS)
+            @ encoder.encode_passages(list(StoredVectors(folder / "vectors").passages())).T
+        ).max(axis=1)
+        for mode in ("dense", "hybrid"):
+            main(f"search --index null-index --mode {mode} --queries questions.jsonl --out {mode}.jsonl".split())
+            found = [json.loads(line) for line in (folder / f"{mode}.jsonl").read_text().splitlines()]
+            assert [each["empty_passage_score"] for each in found] == pytest.approx(expected, rel=1e-4, abs=1e-5)
+            assert [each["has_answer"] for each in found] == (best > expected).tolist()
+            assert all(len(each["hits"]) == 7 for each in found)
+            assert f"no passage answers {(best <= expected).sum()} of them" in capsys.readouterr().out
+        for question, has_answer in zip(QUESTIONS, best > expected, strict=True):
+            main(["search", "--index", "null-index", "--query", question])
+            assert capsys.readouterr().out.startswith("no passage answers this question") == (not has_answer)
+
+    def test_a_new_index_says_that_its_weight_is_gone(self, folder, retriever, capsys):
+        main("tune --index index --queries questions.jsonl --qrels qrels".split())
+        for gone in (True, False):
+            capsys.readouterr()
+            main("index --vectors vectors --out index".split())
+            assert ("mixlm tune makes them anew" in capsys.readouterr().out) == gone
+
+    @pytest.mark.parametrize("question", ["섬" * 100_000, "가장 큰 섬은? " * 12_500, "\U0001f600" * 1000])
+    def test_a_question_of_any_length(self, search, question):
+        for find in (search.dense, search.hybrid):
+            assert len(next(find([question], 3)).hits) == 3
+
     def test_tune(self, folder, retriever, capsys):
         before = contents(folder / "index")
         main(f"tune --index index --model {retriever} --queries questions.jsonl --qrels qrels".split())
@@ -254,8 +309,6 @@ class TestVerbs:
             ("index --out new", "one of the arguments --vectors --passages is required"),
             ("index --vectors absent --out new", "absent: has no vectors"),
             ("index --vectors index --out new", "index: has no vectors"),
-            (f"{search} index", "hybrid search needs --model"),
-            (f"{search} index --mode dense", "dense search needs --model"),
             (f"{search} lexical --mode dense --model {retriever}", "lexical: has no vectors to search by"),
             (f"{search} index --mode lexical --verify", "--verify is for search by vectors"),
             (f"{search} index --model absent", "absent: cannot be loaded"),

@@ -1,11 +1,15 @@
 """Vectors on the disk: what is kept, what is encoded again, and what is refused."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
+import psutil
 import pytest
+import torch
 
 from mixlm.data.passages import Passage
 from mixlm.encoder import MixLMEncoder
@@ -222,7 +226,11 @@ def test_a_damaged_manifest_is_refused(encode, passages, tmp_path):
         ("{}", "is damaged"),
         (json.dumps({**manifest, "shards": 5}), "is damaged"),
         (json.dumps({name: value for name, value in manifest.items() if name != "dtype"}), "is damaged"),
-        (json.dumps({**manifest, "format": 99}), "is of format 99, this version has 1; use another folder"),
+        (json.dumps({**manifest, "shards": ["../other"]}), "is damaged"),
+        (json.dumps({**manifest, "passages": "7"}), "is damaged"),
+        ("[" * 10**5, "is damaged"),
+        ("[]", "is damaged"),
+        (json.dumps({**manifest, "format": 99}), "is of format 99, this version has 2; use another folder"),
     ]:
         file.write_text(text)
         for act in (lambda: StoredVectors(tmp_path / "vectors"), lambda: encode(passages)):
@@ -231,10 +239,81 @@ def test_a_damaged_manifest_is_refused(encode, passages, tmp_path):
 
 
 def test_a_process_that_dies_is_one_line(passages, retriever, tmp_path, monkeypatch):
-    class Broken(module.ThreadPoolExecutor):
+    class Broken(module.ProcessPoolExecutor):
         def submit(self, *arguments):
             raise module.BrokenExecutor
 
-    monkeypatch.setattr(module, "ThreadPoolExecutor", Broken)
-    with pytest.raises(UserError, match="without enough memory; use fewer --processes"):
-        encode_passages(passages, retriever, tmp_path / "vectors")
+    monkeypatch.setattr(module, "ProcessPoolExecutor", Broken)
+    with pytest.raises(UserError, match="without enough memory; use a smaller --batch_size or fewer --processes"):
+        encode_passages(passages, retriever, tmp_path / "vectors", processes=2)
+
+
+def test_too_little_memory_is_one_line_and_what_is_written_stays(encode, passages, tmp_path, monkeypatch):
+    whole = MixLMEncoder.encode_passages
+
+    def full(self, texts):
+        if texts[-1].id == "dogs":
+            raise RuntimeError("CUDA out of memory. Tried to allocate\n2 GiB")
+        return whole(self, texts)
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="out of memory; use a smaller --batch_size"):
+        patch.setattr(MixLMEncoder, "encode_passages", full)
+        encode(passages)
+    assert len(list((tmp_path / "vectors").glob("shard-*"))) == 2
+    assert encode(passages) == ["dogs", "seoul"]
+
+
+PROCESSES = """
+import multiprocessing, os, sys, time
+from pathlib import Path
+from mixlm.data.passages import Passage
+from mixlm.retrieval.vectors import encode_passages
+
+def passages():
+    yield from [Passage(str(number), "", f"섬 {number}") for number in range(8)]
+    while not list(Path(sys.argv[2]).glob("shard-*")):
+        yield Passage("waits", "", "바다")
+    print(*[process.pid for process in multiprocessing.active_children()], flush=True)
+    time.sleep(600)
+
+if __name__ == "__main__":
+    encode_passages(passages(), sys.argv[1], Path(sys.argv[2]), processes=2, passages_per_shard=2)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_processes_end_with_the_one_that_has_begun_them(retriever, tmp_path, number):
+    """What Ctrl-C leaves is whole shards and no process; so does a kill."""
+    (tmp_path / "program.py").write_text(PROCESSES)
+    vectors = tmp_path / "vectors"
+    command = [sys.executable, str(tmp_path / "program.py"), retriever, str(vectors)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as program:
+        children = [int(child) for child in program.stdout.readline().split()]
+        assert len(children) == 2
+        program.send_signal(number)
+        error = program.stderr.read()
+        program.wait(60)
+    assert error.count("Traceback") == (number == signal.SIGINT)  # of this program, and not of its children
+    until = time.monotonic() + 30
+    while any(psutil.pid_exists(child) for child in children) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not any(psutil.pid_exists(child) for child in children)
+    assert list(vectors.glob("shard-*"))
+
+
+def test_processes_share_the_threads(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    given = []
+
+    class Pool:
+        def __init__(self, processes, context, initializer, arguments):
+            given.append(arguments[-1])
+
+        def shutdown(self, **options):
+            pass
+
+    monkeypatch.setattr(module, "ProcessPoolExecutor", Pool)
+    for processes in (3, 16):
+        with module._encoding_processes(processes, "model", 1):
+            pass
+    assert given == [2, 1]

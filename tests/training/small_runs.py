@@ -15,9 +15,10 @@ from accelerate.state import AcceleratorState, GradientState
 from torch.utils.data import Dataset
 
 import mixlm
-from mixlm.data.batching import LengthBucketedBatches, collate, training_batches
+from mixlm.data.batching import LengthBucketedBatches, training_batches
 from mixlm.data.retrieval import EMPTY_PASSAGE
 from mixlm.training.arguments import TrainingArguments
+from mixlm.training.batches import TrainingBatches
 from mixlm.training.checkpoint import checkpoints_in, read_state
 from mixlm.training.loop import train
 from mixlm.training.objectives import (
@@ -63,6 +64,13 @@ class Rows(Dataset):
     def __init__(self, task: str, size: int = 37):
         self.task = task
         self.lengths = np.random.default_rng(0).integers(6, 16, size)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def longest(self) -> dict[str, np.ndarray | int]:
+        """As the batch size is found with."""
+        return self[0, int(np.argmax(self.lengths))]
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, np.ndarray | int]:
         random = np.random.default_rng((7, *key))
@@ -191,7 +199,7 @@ def run_small(
         arguments,
         accelerator,
         evaluate or (lambda engine: {"parameters": float(sum(p.numel() for p in engine.parameters.values()))}),
-        lambda count: collate([rows[0, int(np.argmax(rows.lengths))]] * count, pad_token_id=0),
+        TrainingBatches(Rows(task, 4096), 0, arguments, accelerator),  # so that memory is what ends the search
     )
     if accelerator.num_processes == 1:  # the ranks of a test keep their process group
         accelerator.end_training()

@@ -84,9 +84,15 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-def find(machine: Machine, limit: str = "1000", **settings) -> tuple[int, list[str]]:
+def find(machine: Machine, limit: str = "1000", rows: int = 4096, **settings) -> tuple[int, list[str]]:
     said: list[str] = []
-    return find_batch_size(machine, settings, limit, MemoryMeter(CPU), said.append), said
+    return find_batch_size(machine, settings, limit, MemoryMeter(CPU), said.append, rows), said
+
+
+def test_no_more_rows_are_tried_than_there_are(cache):
+    machine = Machine(0, 10)
+    assert find(machine, rows=37)[0] <= 37 and max(machine.tried) <= 37
+    assert find(Machine(0, 10))[0] > 37  # what was found with few rows is not what fits
 
 
 def test_an_answer_is_remembered_for_the_same_settings_and_machine(cache, monkeypatch):

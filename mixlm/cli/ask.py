@@ -1,0 +1,184 @@
+"""`mixlm ask`: answers from an index."""
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UserError
+from .finding import add_index_arguments, add_mode_argument, open_find, required_text
+from .tables import table
+
+if TYPE_CHECKING:
+    from ..open_qa import Candidate, OpenAnswer, OpenQA
+
+_SHOWN_AROUND = 80  # characters of a passage on either side of an answer
+_SHOWN_CANDIDATES = 3
+
+
+def add_ask_parser(subparsers) -> None:
+    """Add `mixlm ask`."""
+    parser = subparsers.add_parser(
+        "ask",
+        help="answer questions from an index",
+        description=(
+            "Find passages for a question, read them, and print the best answer, marked in its passage. Or answer the "
+            "questions of a SQuAD-style file without their paragraphs, and print how many answers are right, and "
+            "whether the retriever, the reader or the choice among what was read is at fault for the others."
+        ),
+        epilog=(
+            'examples:\n  mixlm ask --index index --reader my-reader "한글은 누가 만들었나?"\n'
+            "  mixlm ask --index index --reader my-reader --questions KorQuAD.json --articles 110:140"
+        ),
+    )
+    add_answering_arguments(parser)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("question", nargs="?", metavar="QUESTION", help="a question")
+    source.add_argument("--questions", type=Path, metavar="FILE", help="many, with answers: SQuAD-style .json")
+    parser.add_argument("--articles", metavar="RANGE", help="of --questions, those of these alone, such as 110:140")
+    parser.add_argument(
+        "--tune",
+        action="store_true",
+        help="choose by --questions what the retriever's scores weigh beside the reader's, and store it in the index",
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="of --questions: the answers, as JSON lines")
+    parser.add_argument("--json", action="store_true", help="print one object")
+    parser.set_defaults(run=ask_verb)
+
+
+def add_answering_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what `open_answering` reads."""
+    add_index_arguments(parser)
+    parser.add_argument("--reader", required=True, metavar="DIR", help="what run_mrc.py has trained")
+    add_mode_argument(parser)
+    parser.add_argument(
+        "--top_k", type=int, default=10, metavar="N", help="passages to read for a question (default: %(default)s)"
+    )
+
+
+def open_answering(arguments: argparse.Namespace) -> "OpenQA":
+    """Open the index, the encoder that it needs, and the reader."""
+    if arguments.top_k < 1:
+        raise UserError(f"--top_k {arguments.top_k}: must be 1 or more")
+    from transformers.utils.logging import disable_progress_bar
+
+    from ..open_qa import OpenQA
+    from ..reader import MixLMReader
+    from ..retrieval.index import open_index
+
+    disable_progress_bar()
+    index = open_index(arguments.index)
+    find = open_find(index, arguments)
+    return OpenQA(index, MixLMReader.from_pretrained(arguments.reader), find, arguments.top_k)
+
+
+def ask_verb(arguments: argparse.Namespace) -> None:
+    """`mixlm ask`."""
+    for name in ("articles", "tune", "out"):
+        if getattr(arguments, name) and arguments.questions is None:
+            raise UserError(f"--{name} is of --questions; leave it out")
+    if arguments.questions is None:
+        question = required_text("the question", arguments.question)
+        _print_answer(question, open_answering(arguments).answer(question), arguments.json)
+    else:
+        _answer_file(arguments)
+
+
+def _answer_file(arguments: argparse.Namespace) -> None:
+    """Answer the questions of a file, and judge the answers."""
+    from ..data.squad import read_squad, select_articles
+    from ..data.text_files import write_text
+    from ..evaluation.open_qa import judge_answer, open_qa_metrics, score_open_answer
+    from ..evaluation.reading import ANSWER_SCORES, usual_metric
+    from ..open_qa import best_choice
+
+    examples = read_squad(arguments.questions).examples
+    if arguments.articles is not None:
+        examples = select_articles(examples, arguments.articles)
+    answering = open_answering(arguments)
+    passages = list(answering.read([example.question for example in examples]))
+    metric = usual_metric([example.context for example in examples])
+    score = ANSWER_SCORES[metric]
+    if arguments.tune:
+        trials = answering.tune(examples, passages, lambda *answer: score_open_answer(*answer, score).f1)
+        choice = best_choice(trials)
+        answering.store(choice, trials[choice])
+        rows = [("weight of the retriever", "f1", "answers from a reader score of", "")]
+        for each, f1 in trials.items():
+            threshold = "" if each.threshold is None else f"{each.threshold:.2f}"
+            rows.append((f"{each.weight:g}", f"{f1:.2f}", threshold, "chosen" if each == choice else ""))
+        print(table(rows) + "\n")
+    answers = [answering.choose(each, answering.choice) for each in passages]
+    judged = [
+        judge_answer(
+            answer.text,
+            [(candidate.passage.text, candidate.text) for candidate in each.candidates],
+            example.answer_texts,
+            score,
+        )
+        for example, each, answer in zip(examples, passages, answers, strict=True)
+    ]
+    if arguments.out is not None:
+        records = zip(examples, answers, judged, strict=True)
+        write_text(
+            arguments.out,
+            (
+                json.dumps({"id": example.id, **_record(example.question, answer), **asdict(each)}, ensure_ascii=False)
+                + "\n"
+                for example, answer, each in records
+            ),
+        )
+    metrics = open_qa_metrics(judged, arguments.top_k)
+    if arguments.json:
+        print(json.dumps({"questions": len(examples), "metric": metric, **metrics}))
+        return
+    remarks = {
+        "exact_match": f"% of {len(examples):,} questions, as {metric} has it",
+        "fault_of_retriever": "%: no passage has an answer in its text",
+        "fault_of_reader": "%: one has, and the right answer was read in none",
+        "fault_of_choice": "%: the right answer was read, and another, or none, was given",
+    }
+    print(table([(name, f"{value:.2f}", remarks.get(name, "%")) for name, value in metrics.items()]))
+
+
+def _record(question: str, answer: "OpenAnswer") -> dict[str, Any]:
+    """An answer, as JSON has it."""
+    candidates = [
+        {
+            "text": each.text,
+            "start": each.start,
+            "end": each.end,
+            "reader_score": each.reader_score,
+            "retriever_score": each.retriever_score,
+            "passage": each.passage._asdict(),
+        }
+        for each in answer.candidates
+    ]
+    return {"question": question, "answer": answer.text, "candidates": candidates}
+
+
+def _print_answer(question: str, answer: "OpenAnswer", as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(_record(question, answer), ensure_ascii=False))
+        return
+    print(answer.text or "(no answer)")
+    for place, candidate in enumerate(answer.candidates[:_SHOWN_CANDIDATES]):
+        note = " (what would be the answer)" if not answer.text and not place else ""
+        print(f"\n{candidate.passage.id}  {candidate.passage.title}{note}")
+        print(f"   reader {candidate.reader_score:.2f}, retriever {candidate.retriever_score:.2f}")
+        print(f"   {_marked(candidate)}")
+
+
+def _marked(candidate: "Candidate") -> str:
+    """The passage around an answer, which is in reverse video in a terminal and else in brackets."""
+    text, start, end = candidate.passage.text, candidate.start, candidate.end
+    first, last = max(0, start - _SHOWN_AROUND), end + _SHOWN_AROUND
+    in_color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    before, after = ("\033[7m", "\033[0m") if in_color else ("[", "]")
+    parts = (text[first:start], text[start:end], text[end:last])
+    shown = (part.replace("\n", " ").replace("\r", " ") for part in parts)
+    left, answer, right = shown
+    return f"{'...' if first else ''}{left}{before}{answer}{after}{right}{'...' if last < len(text) else ''}"

@@ -1,0 +1,131 @@
+"""`mixlm encode` and `index`: making passages searchable."""
+
+import argparse
+from pathlib import Path
+
+from ..errors import UserError
+
+
+def add_index_parser(subparsers) -> None:
+    """Add `mixlm index`."""
+    parser = subparsers.add_parser(
+        "index",
+        help="make passages searchable",
+        description=(
+            "Build an index for mixlm search out of what mixlm encode has written, or, for search by common terms "
+            "alone, out of passages: JSON lines with id, text and title; tab-separated id, text and title; "
+            "SQuAD-style .json, whose paragraphs are passages; .dat documents, cut into windows of whole sentences; "
+            "a BEIR folder. Also .gz and .xz."
+        ),
+        epilog=(
+            "examples:\n  mixlm index --vectors vectors --out index\n"
+            "  mixlm index --passages passages.jsonl --lexical_only --out index"
+        ),
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--vectors", type=Path, metavar="DIR", help="what mixlm encode has written, with its passages")
+    source.add_argument("--passages", type=Path, nargs="+", metavar="PATH", help="files or folders")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the index; an older one is replaced")
+    parser.add_argument(
+        "--lexical_only", action="store_true", help="of --passages: search by common terms alone (BM25)"
+    )
+    kinds = parser.add_mutually_exclusive_group()
+    for kind, text in (
+        ("exact", "of --vectors: look at every vector (default)"),
+        ("hnsw", "of --vectors: a graph of neighbours; fast, slow to build"),
+        ("ivfpq", "of --vectors: lists of short codes; fast with little memory, for 10,000 passages or more"),
+    ):
+        kinds.add_argument(f"--{kind}", dest="kind", action="store_const", const=kind, help=text)
+    parser.add_argument(
+        "--morphemes",
+        action="store_true",
+        help="terms are morphemes that Kiwi finds (slower), and not pairs of neighbouring syllables",
+    )
+    add_window_argument(parser)
+    parser.set_defaults(run=index_verb)
+
+
+def add_encode_parser(subparsers) -> None:
+    """Add `mixlm encode`."""
+    parser = subparsers.add_parser(
+        "encode",
+        help="turn passages into vectors",
+        description=(
+            "Write the vectors of passages, in shards. Killed and started again, it goes on; over changed passages it "
+            "encodes what is new. Forms of passages: see mixlm index --help."
+        ),
+        epilog="example:\n  mixlm encode --model my-retriever --passages passages.jsonl --out vectors",
+    )
+    parser.add_argument("--model", required=True, metavar="DIR", help="what run_ict.py has written, or a Hub name")
+    parser.add_argument("--passages", type=Path, nargs="+", required=True, metavar="PATH", help="files or folders")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the vectors")
+    parser.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="default: %(default)s")
+    parser.add_argument("--batch_size", type=int, default=64, metavar="N", help="texts at once (default: %(default)s)")
+    parser.add_argument("--processes", type=int, default=1, metavar="N", help="that encode (default: %(default)s)")
+    add_window_argument(parser)
+    parser.set_defaults(run=encode_verb)
+
+
+def add_window_argument(parser: argparse.ArgumentParser) -> None:
+    """Add `--window_characters`, of the verbs that read passages."""
+    parser.add_argument(
+        "--window_characters",
+        type=int,
+        default=600,
+        metavar="N",
+        help="longest passage cut out of a .dat document (default: %(default)s)",
+    )
+
+
+def encode_verb(arguments: argparse.Namespace) -> None:
+    """`mixlm encode`."""
+    for name in ("batch_size", "processes"):
+        if getattr(arguments, name) < 1:
+            raise UserError(f"--{name} {getattr(arguments, name)}: must be 1 or more")
+    from transformers.utils.logging import disable_progress_bar
+
+    from ..data.passages import read_passages
+    from ..retrieval.vectors import encode_passages
+
+    disable_progress_bar()
+    count = encode_passages(
+        read_passages(arguments.passages, window_characters=arguments.window_characters),
+        arguments.model,
+        arguments.out,
+        dtype=arguments.dtype,
+        batch_size=arguments.batch_size,
+        processes=arguments.processes,
+    )
+    print(f"{arguments.out}: the vectors of {count:,} passages")
+
+
+def index_verb(arguments: argparse.Namespace) -> None:
+    """`mixlm index`."""
+    if arguments.passages and not arguments.lexical_only:
+        raise UserError(
+            "--passages are for --lexical_only; for vectors, run mixlm encode first and give its --vectors"
+        )
+    if arguments.passages and arguments.kind:
+        raise UserError(f"--{arguments.kind} is for --vectors; leave it out")
+    if arguments.vectors and arguments.lexical_only:
+        raise UserError("--lexical_only is for --passages; leave it out, and search with --mode lexical")
+    from ..data.passages import read_passages
+    from ..retrieval.analysers import BigramAnalyser, MorphemeAnalyser
+    from ..retrieval.index import build_index, is_tuned
+
+    was_tuned = is_tuned(arguments.out)
+    analyser = MorphemeAnalyser() if arguments.morphemes else BigramAnalyser()
+    if arguments.passages:
+        vectors, kind = None, ""
+        passages = read_passages(arguments.passages, window_characters=arguments.window_characters)
+    else:
+        from ..retrieval.vectors import StoredVectors
+
+        vectors, kind = StoredVectors(arguments.vectors), arguments.kind or "exact"
+        passages = vectors.passages()
+    manifest = build_index(passages, arguments.out, analyser, vectors, kind)
+    print(f"{manifest['passages']['count']:,} passages: {arguments.out}")
+    if "recall@10" in manifest.get("dense", {}):
+        print(f"{manifest['dense']['recall@10']:.1%} of the 10 nearest are found (recall@10 of moved passage vectors)")
+    if was_tuned:
+        print("the weights that the index before was tuned to are gone; mixlm tune makes them anew")

@@ -1,0 +1,98 @@
+"""Loading models and the settings that lie beside them, from a folder or the Hub."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import ClassVar, Self
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, StrictDataclassError
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from .errors import UserError, one_line
+from .files import write_whole
+
+_OWN_CLASSES = (SafetensorError, StrictDataclassError)  # of errors that derive from none of Python's
+
+
+@contextmanager
+def loading(name: str) -> Iterator[None]:
+    """Within it, transformers keeps to itself what it has to say of new weights: `from_pretrained` returns that too.
+
+    Args:
+        name: of what is loaded, for messages.
+
+    Raises:
+        UserError: it cannot be loaded. What a damaged file leads to has many classes.
+    """
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, *_OWN_CLASSES) as error:
+        raise UserError(f"{name}: cannot be loaded: {one_line(error)}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def require_room(model: PreTrainedModel, name: str, **lengths: int) -> None:
+    """Raise UserError unless the model called `name` takes texts of these lengths in tokens, given by argument."""
+    longest = model.config.max_position_embeddings
+    for argument, length in lengths.items():
+        if length > longest:
+            raise UserError(f"--{argument}={length}: {name} takes at most {longest} tokens (max_position_embeddings)")
+
+
+class StoredSettings:
+    """A dataclass that is kept as a small JSON file beside a model.
+
+    Attributes:
+        file_name: of that file.
+        written_by: the program that writes it.
+    """
+
+    file_name: ClassVar[str]
+    written_by: ClassVar[str]
+
+    def save(self, folder: Path) -> None:
+        """Write it into the folder of a model."""
+        write_whole(folder / self.file_name, json.dumps(asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, name_or_path: str | Path) -> Self | None:
+        """What `save` has written, if there is anything.
+
+        Args:
+            name_or_path: a model's folder or Hub name.
+
+        Raises:
+            UserError: it is something else, or the Hub does not answer.
+        """
+        file = Path(name_or_path) / cls.file_name
+        if not Path(name_or_path).is_dir():
+            try:
+                file = Path(hf_hub_download(str(name_or_path), cls.file_name))
+            except EntryNotFoundError:
+                return None
+            except (OSError, ValueError) as error:
+                raise UserError(f"{name_or_path}: {cls.file_name} cannot be had: {one_line(error)}") from error
+        try:
+            return cls(**json.loads(file.read_text("utf-8")))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"{file}: is not what {cls.written_by} writes: {one_line(error)}") from error
+
+
+def hash_of_weights(model: PreTrainedModel) -> str:
+    """By which a model is known again, whatever its folder is called: of the names and values of its weights."""
+    weights = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(model.state_dict().items()):
+        weights.update(name.encode())
+        weights.update(tensor.detach().float().cpu().numpy().tobytes())
+    return weights.hexdigest()
