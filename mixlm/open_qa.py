@@ -1,5 +1,7 @@
 """Answering questions from a collection: passages are found, read, and the best answer of all is chosen.
 
+from pathlib import Path
+
 from mixlm.open_qa import OpenQA
 from mixlm.reader import MixLMReader
 from mixlm.retrieval.index import open_index
@@ -11,7 +13,7 @@ answering.answer("세종대왕은 언제 태어났나?").text
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -34,7 +36,7 @@ class Candidate(NamedTuple):
     """The best answer that one passage has: `passage.text[start:end] == text`, in characters.
 
     Attributes:
-        text: "" where the reader finds nothing in the passage that can be an answer.
+        text: "" where the reader finds nothing in the passage that can be an answer; its score then means nothing.
         passage: that was found, and read.
         start, end: of the answer in its text.
         reader_score: the sum of the answer's two logits; of a reader that knows "no answer", by how much that is more
@@ -88,12 +90,17 @@ class OpenAnswer(NamedTuple):
 
     Attributes:
         text: "" for "no answer".
-        candidates: of all passages that were read, from the best to the worst; the first is the answer, if there is
-            one.
+        candidates: of all passages that were read, from the best to the worst, and then those without text; the first
+            is the answer, if there is one.
     """
 
     text: str
     candidates: list[Candidate]
+
+    def record(self, question: str) -> dict[str, Any]:
+        """It as JSON has it, with the question: "answer" is its text."""
+        candidates = [{**each._asdict(), "passage": each.passage._asdict()} for each in self.candidates]
+        return {"question": question, "answer": self.text, "candidates": candidates}
 
 
 class OpenQA:
@@ -137,7 +144,8 @@ class OpenQA:
 
     def choose(self, passages: ReadPassages, choice: Choice) -> OpenAnswer:
         """The answer to a question; of equally good ones, that of the passage that was found first."""
-        ranked = sorted(passages.candidates, key=choice.score, reverse=True)
+        # What has no text is last: it would else stand before answers whose logits are negative.
+        ranked = sorted(passages.candidates, key=lambda each: (bool(each.text), choice.score(each)), reverse=True)
         is_sure = bool(ranked) and ranked[0].reader_score >= self._threshold(choice)
         return OpenAnswer(ranked[0].text if is_sure and passages.has_answer is not False else "", ranked)
 
@@ -166,16 +174,18 @@ class OpenQA:
         found = {}
         for weight in WEIGHTS:
             always = Choice(weight, threshold=-math.inf)
-            values = []  # reader score, F1 of the answer, F1 of "no answer"
+            values = []  # reader score, F1 of the answer, F1 of "no answer"; of questions that can be answered
+            of_others = []  # F1 of "no answer" of the others, of which no threshold makes any difference
             for example, of_question in zip(examples, passages, strict=True):
-                answer = self.choose(of_question, always)
-                score = answer.candidates[0].reader_score if answer.candidates else -math.inf
-                values.append((score, f1(answer.text, example.answer_texts), f1("", example.answer_texts)))
-            threshold = _best_threshold(values) if has_unanswerable else None
-            choice = Choice(weight, threshold)
+                answer, of_none = self.choose(of_question, always), f1("", example.answer_texts)
+                if answer.text:
+                    values.append((answer.candidates[0].reader_score, f1(answer.text, example.answer_texts), of_none))
+                else:
+                    of_others.append(of_none)
+            choice = Choice(weight, _best_threshold(values) if has_unanswerable and values else None)
             lowest = self._threshold(choice)
-            total = math.fsum(own if score >= lowest else of_none for score, own, of_none in values)
-            found[choice] = 100 * total / len(values)
+            of_answers = (own if score >= lowest else of_none for score, own, of_none in values)
+            found[choice] = 100 * math.fsum((*of_others, *of_answers)) / len(examples)
         return found
 
     def store(self, choice: Choice, f1: float) -> None:
@@ -231,7 +241,8 @@ def _best_threshold(values: Sequence[tuple[float, float, float]]) -> float:
     """The score from which on answering is worth most; of equals the least, so that more is answered.
 
     Args:
-        values: of each question, the reader score of its answer, what the answer is worth, and what none is worth.
+        values: of each question, at least one, the reader score of its answer, what the answer is worth, and what none
+            is worth.
     """
     ordered = sorted(values, reverse=True)
     gain, best_gain, best = 0.0, 0.0, ordered[0][0] + 1  # which nothing reaches

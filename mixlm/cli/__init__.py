@@ -16,6 +16,7 @@ from .mine import add_mine_parser
 from .models import add_convert_parser, add_fill_mask_parser, add_read_parser
 from .runs import add_report_parser, add_verify_engines_parser
 from .search import add_evaluate_parser, add_search_parser, add_tune_parser
+from .serve import add_serve_parser
 from .tables import did_you_mean
 from .tokenizer import add_tokenizer_parser
 
@@ -64,6 +65,7 @@ def main(argv: list[str] | None = None) -> None:
     add_tune_parser(subparsers)
     add_mine_parser(subparsers)
     add_ask_parser(subparsers)
+    add_serve_parser(subparsers)
     add_evaluate_parser(subparsers)
     add_report_parser(subparsers)
     add_profile_parser(subparsers)

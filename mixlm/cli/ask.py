@@ -3,13 +3,21 @@
 import argparse
 import json
 import os
+import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ..errors import UserError
-from .finding import add_index_arguments, add_mode_argument, open_find, required_text
+from ..errors import UserError, one_line
+from .finding import (
+    add_index_arguments,
+    add_mode_argument,
+    open_find,
+    open_indexes,
+    require_json_lines,
+    text_of,
+)
 from .tables import table
 
 if TYPE_CHECKING:
@@ -44,7 +52,12 @@ def add_ask_parser(subparsers) -> None:
         action="store_true",
         help="choose by --questions what the retriever's scores weigh beside the reader's, and store it in the index",
     )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="of --questions: the answers, as JSON lines")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="of --questions: the answers, as JSON lines: .jsonl, also .jsonl.gz or .jsonl.xz",
+    )
     parser.add_argument("--json", action="store_true", help="print one object")
     parser.set_defaults(run=ask_verb)
 
@@ -67,10 +80,9 @@ def open_answering(arguments: argparse.Namespace) -> "OpenQA":
 
     from ..open_qa import OpenQA
     from ..reader import MixLMReader
-    from ..retrieval.index import open_index
 
     disable_progress_bar()
-    index = open_index(arguments.index)
+    index = open_indexes(arguments)
     find = open_find(index, arguments)
     return OpenQA(index, MixLMReader.from_pretrained(arguments.reader), find, arguments.top_k)
 
@@ -78,12 +90,18 @@ def open_answering(arguments: argparse.Namespace) -> "OpenQA":
 def ask_verb(arguments: argparse.Namespace) -> None:
     """`mixlm ask`."""
     for name in ("articles", "tune", "out"):
-        if getattr(arguments, name) and arguments.questions is None:
+        if getattr(arguments, name) not in (None, False) and arguments.questions is None:
             raise UserError(f"--{name} is of --questions; leave it out")
+    if arguments.tune and len(arguments.index) > 1:
+        raise UserError("--tune: the choice is stored in an index; give one")
     if arguments.questions is None:
-        question = required_text("the question", arguments.question)
+        question = text_of("the question", arguments.question)
+        if not question.strip():
+            raise UserError("the question: is empty; ask something")
         _print_answer(question, open_answering(arguments).answer(question), arguments.json)
     else:
+        if arguments.out is not None:
+            require_json_lines(arguments.out, "answers")
         _answer_file(arguments)
 
 
@@ -106,6 +124,7 @@ def _answer_file(arguments: argparse.Namespace) -> None:
         trials = answering.tune(examples, passages, lambda *answer: score_open_answer(*answer, score).f1)
         choice = best_choice(trials)
         answering.store(choice, trials[choice])
+    if arguments.tune and not arguments.json:
         rows = [("weight of the retriever", "f1", "answers from a reader score of", "")]
         for each, f1 in trials.items():
             threshold = "" if each.threshold is None else f"{each.threshold:.2f}"
@@ -126,59 +145,50 @@ def _answer_file(arguments: argparse.Namespace) -> None:
         write_text(
             arguments.out,
             (
-                json.dumps({"id": example.id, **_record(example.question, answer), **asdict(each)}, ensure_ascii=False)
+                json.dumps({"id": example.id, **answer.record(example.question), **asdict(each)}, ensure_ascii=False)
                 + "\n"
                 for example, answer, each in records
             ),
         )
     metrics = open_qa_metrics(judged, arguments.top_k)
     if arguments.json:
-        print(json.dumps({"questions": len(examples), "metric": metric, **metrics}))
+        print(json.dumps({"questions": len(examples), "metric": metric, **asdict(answering.choice), **metrics}))
         return
     remarks = {
         "exact_match": f"% of {len(examples):,} questions, as {metric} has it",
         "fault_of_retriever": "%: no passage has an answer in its text",
         "fault_of_reader": "%: one has, and the right answer was read in none",
-        "fault_of_choice": "%: the right answer was read, and another, or none, was given",
+        "fault_of_choice": "%: the right answer was read, or none is right, and another was given",
     }
     print(table([(name, f"{value:.2f}", remarks.get(name, "%")) for name, value in metrics.items()]))
 
 
-def _record(question: str, answer: "OpenAnswer") -> dict[str, Any]:
-    """An answer, as JSON has it."""
-    candidates = [
-        {
-            "text": each.text,
-            "start": each.start,
-            "end": each.end,
-            "reader_score": each.reader_score,
-            "retriever_score": each.retriever_score,
-            "passage": each.passage._asdict(),
-        }
-        for each in answer.candidates
-    ]
-    return {"question": question, "answer": answer.text, "candidates": candidates}
-
-
 def _print_answer(question: str, answer: "OpenAnswer", as_json: bool) -> None:
     if as_json:
-        print(json.dumps(_record(question, answer), ensure_ascii=False))
+        print(json.dumps(answer.record(question), ensure_ascii=False))
         return
-    print(answer.text or "(no answer)")
+    if not answer.candidates:
+        print("no passage is found for this question")
+        return
+    print(one_line(answer.text) or "(no answer)")
     for place, candidate in enumerate(answer.candidates[:_SHOWN_CANDIDATES]):
-        note = " (what would be the answer)" if not answer.text and not place else ""
-        print(f"\n{candidate.passage.id}  {candidate.passage.title}{note}")
-        print(f"   reader {candidate.reader_score:.2f}, retriever {candidate.retriever_score:.2f}")
-        print(f"   {_marked(candidate)}")
+        is_held_back = place == 0 and candidate.text and not answer.text
+        note = "(what would be the answer)" if is_held_back else ""
+        print("\n" + "  ".join(filter(None, (candidate.passage.id, one_line(candidate.passage.title), note))))
+        reader = f"{candidate.reader_score:.2f}" if candidate.text else "finds nothing"
+        print(f"   reader {reader}, retriever {candidate.retriever_score:.2f}")
+        print(f"   {_marked(candidate)}".rstrip())
 
 
 def _marked(candidate: "Candidate") -> str:
-    """The passage around an answer, which is in reverse video in a terminal and else in brackets."""
+    """The passage around an answer, which is in reverse video in a terminal and else in brackets; without an answer
+    its beginning."""
     text, start, end = candidate.passage.text, candidate.start, candidate.end
     first, last = max(0, start - _SHOWN_AROUND), end + _SHOWN_AROUND
-    in_color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    before, after = ("\033[7m", "\033[0m") if in_color else ("[", "]")
+    has_style = sys.stdout.isatty() and not os.environ.get("NO_COLOR")  # as https://no-color.org has it
+    before, after = ("\033[7m", "\033[0m") if has_style else ("[", "]")
+    if not candidate.text:
+        before = after = ""
     parts = (text[first:start], text[start:end], text[end:last])
-    shown = (part.replace("\n", " ").replace("\r", " ") for part in parts)
-    left, answer, right = shown
+    left, answer, right = (re.sub(r"\s+", " ", part) for part in parts)
     return f"{'...' if first else ''}{left}{before}{answer}{after}{right}{'...' if last < len(text) else ''}"

@@ -1,4 +1,4 @@
-"""Opening an index to find passages in it, as several verbs do."""
+"""What the verbs that find passages in an index have in common: their options, and how it is opened."""
 
 import argparse
 from pathlib import Path
@@ -10,13 +10,21 @@ if TYPE_CHECKING:
     from ..retrieval.hits import Find
     from ..retrieval.index import Index
     from ..retrieval.search import Search
+    from ..retrieval.shards import ShardedIndex
 
 MODES = ("lexical", "dense", "hybrid")
 
 
 def add_index_arguments(parser: argparse.ArgumentParser) -> None:
     """Add --index and --model."""
-    parser.add_argument("--index", type=Path, required=True, metavar="DIR", help="what mixlm index has built")
+    parser.add_argument(
+        "--index",
+        type=Path,
+        action="append",
+        required=True,
+        metavar="DIR",
+        help="what mixlm index has built; given several times, all are searched as one, by vectors alone",
+    )
     parser.add_argument(
         "--model", metavar="DIR", help="what has encoded the passages (default: where it was when it did)"
     )
@@ -31,18 +39,36 @@ def add_mode_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def mode_of(index: "Index", arguments: argparse.Namespace) -> str:
+def open_indexes(arguments: argparse.Namespace) -> "Index | ShardedIndex":
+    """Open --index: one, or several as one."""
+    if len(arguments.index) == 1:
+        from ..retrieval.index import open_index
+
+        return open_index(arguments.index[0])
+    if arguments.mode not in (None, "dense"):
+        raise UserError(
+            f"--mode {arguments.mode}: several indexes are searched by vectors alone, because what a term is worth "
+            "depends on all passages; leave it out"
+        )
+    from ..retrieval.shards import open_shards
+
+    return open_shards(arguments.index)
+
+
+def mode_of(index: "Index | ShardedIndex", arguments: argparse.Namespace) -> str:
     """How to search: as --mode says, or as well as the index allows."""
+    if len(arguments.index) > 1:
+        return "dense"
     return arguments.mode or ("lexical" if index.dense is None else "hybrid")
 
 
-def open_find(index: "Index", arguments: argparse.Namespace) -> "Find":
+def open_find(index: "Index | ShardedIndex", arguments: argparse.Namespace) -> "Find":
     """What finds passages for questions, by --mode and --model."""
     mode = mode_of(index, arguments)
     return index.find if mode == "lexical" else getattr(open_search(index, arguments), mode)
 
 
-def open_search(index: "Index", arguments: argparse.Namespace) -> "Search":
+def open_search(index: "Index | ShardedIndex", arguments: argparse.Namespace) -> "Search":
     """A search by vectors, with --model or the encoder that the index remembers."""
     if index.dense is None:
         raise UserError(f"{index.folder}: has no vectors to search by; build it with mixlm index --vectors")
@@ -58,12 +84,27 @@ def open_search(index: "Index", arguments: argparse.Namespace) -> "Search":
     return Search(index, MixLMEncoder.from_pretrained(model))
 
 
-def required_text(name: str, text: str) -> str:
+def require_json_lines(out: Path, content: str) -> None:
+    """Raise UserError unless --out can be a file of JSON lines: before the work, which may take hours, and not after.
+
+    Args:
+        out: the file.
+        content: what it will hold of each question, for messages.
+    """
+    from ..data.text_files import plain_suffix
+
+    if plain_suffix(out) != ".jsonl":
+        raise UserError(f"--out {out}: {content} are written a question a line; name it .jsonl")
+    if not out.parent.is_dir():
+        raise UserError(f"--out {out}: no such folder; make it first")
+    if out.exists() and not out.is_file():
+        raise UserError(f"--out {out}: is no file; use another name")
+
+
+def text_of(name: str, text: str) -> str:
     """A text from the command line, where what is not UTF-8 arrives as halves of surrogate pairs."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise UserError(f"{name}: character {error.start} is no text; write it in UTF-8") from error
-    if not text.strip():
-        raise UserError(f"{name}: is empty; ask something")
     return text

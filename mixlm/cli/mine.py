@@ -8,7 +8,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..errors import UserError
-from .finding import add_index_arguments, add_mode_argument, mode_of, open_find
+from .finding import add_index_arguments, add_mode_argument, mode_of, open_find, open_indexes, require_json_lines
 
 
 def add_mine_parser(subparsers) -> None:
@@ -46,17 +46,15 @@ def mine_verb(arguments: argparse.Namespace) -> None:
         raise UserError(
             f"--per_question {arguments.per_question}: must be from 1 to --depth, which is {arguments.depth}"
         )
+    require_json_lines(arguments.out, "negatives")
     from ..data.squad import read_squad, select_articles
-    from ..data.text_files import plain_suffix, write_text
-    from ..retrieval.index import open_index
+    from ..data.text_files import write_text
     from ..retrieval.mining import hard_negatives
 
-    if plain_suffix(arguments.out) != ".jsonl":
-        raise UserError(f"--out {arguments.out}: negatives are written a question a line; name it .jsonl")
     examples = read_squad(arguments.questions).examples
     if arguments.articles is not None:
         examples = select_articles(examples, arguments.articles)
-    index = open_index(arguments.index)
+    index = open_indexes(arguments)
     found = open_find(index, arguments)([example.question for example in examples], arguments.depth)
     progress = tqdm(found, desc="mining", total=len(examples), unit=" questions", delay=2)
     counts: Counter[int] = Counter()

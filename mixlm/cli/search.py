@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError, one_line
-from .finding import add_index_arguments, add_mode_argument, mode_of, open_search
+from .finding import add_index_arguments, add_mode_argument, mode_of, open_indexes, open_search, text_of
 from .index import add_window_argument
 from .tables import table
 
@@ -133,15 +133,16 @@ def search_verb(arguments: argparse.Namespace) -> None:
 
     from ..data.text_files import plain_suffix, write_text
     from ..evaluation.retrieval_files import read_queries, require_words, write_run
-    from ..retrieval.index import open_index
 
     if out is not None and plain_suffix(out) == ".json":
         raise UserError(f"--out {out}: as JSON, hits are written a question a line; name it .jsonl")
-    queries = {"": _asked(arguments.query)} if arguments.queries is None else read_queries(arguments.queries)
+    queries = (
+        {"": text_of("--query", arguments.query)} if arguments.queries is None else read_queries(arguments.queries)
+    )
     is_run = out is not None and plain_suffix(out) != ".jsonl"
     if is_run:
         require_words(queries)
-    index = open_index(arguments.index)
+    index = open_indexes(arguments)
     mode = mode_of(index, arguments)
     if arguments.verify and mode == "lexical":
         raise UserError("--verify is for search by vectors; leave it out")
@@ -179,7 +180,9 @@ def tune_verb(arguments: argparse.Namespace) -> None:
     from ..retrieval.search import best_weight
 
     queries, (qrels, _) = read_queries(arguments.queries), _judgements(arguments.qrels, arguments.articles)
-    index = open_index(arguments.index)
+    if len(arguments.index) > 1:
+        raise UserError("--index: the weight is stored in an index; give one")
+    index = open_index(arguments.index[0])
     scores = open_search(index, arguments).tune(queries, qrels)
     weight = best_weight(scores)
     index.store_tuning("hybrid", {"weight": weight, "mrr@10": round(scores[weight], 4)})
@@ -263,15 +266,6 @@ def _judgements(file: Path, articles: str | None) -> tuple[Mapping[str, Mapping[
     if articles is not None:
         raise UserError("--articles are of SQuAD-style .json as --qrels; leave it out")
     return read_qrels(file), None
-
-
-def _asked(query: str) -> str:
-    """The question of `--query`: what of it is not UTF-8, Python has as halves of surrogate pairs."""
-    try:
-        query.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"--query: character {error.start} is no text; write the question in UTF-8") from error
-    return query
 
 
 def _record(index: "Index", question: str, found: "Found") -> dict[str, Any]:

@@ -107,6 +107,10 @@ class DenseIndex:
         """All vectors, [passages, dimension]; to be read only while the index lives."""
         return faiss.rev_swig_ptr(self._flat.get_xb(), len(self) * self._flat.d).reshape(len(self), self._flat.d)
 
+    def vectors_of(self, rows: np.ndarray) -> np.ndarray:
+        """The vectors of passages, [rows, dimension]."""
+        return self.vectors[rows]
+
     @property
     def parameters(self) -> dict[str, str | int]:
         finder = self._finder

@@ -16,7 +16,8 @@ def hard_negatives(
 
     A passage that has an answer in its text is left out, whichever passage the question is about: it may well be right
     (Karpukhin et al., "Dense Passage Retrieval for Open-Domain Question Answering", 2020, section 4.2). So is the
-    question's own text, and all but the first of equal texts.
+    question's own text, and all but the first of equal texts. Of a question without answers, which of the others might
+    be right is not known.
 
     Args:
         examples: the questions.

@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from ..data.passages import Passage
 
@@ -39,6 +40,15 @@ class StoredPassages:
         """The id of a passage; faster than all of it."""
         batch, offset = divmod(row, _ROWS_PER_BATCH)
         return self._batches[batch][0][offset].as_py()
+
+    def first_common_id(self, others: "StoredPassages") -> str | None:
+        """The id of the first passage here that is also one of `others`, if there is one."""
+        theirs = pa.chunked_array([columns[0] for columns in others._batches], pa.large_string())
+        for columns in self._batches:
+            is_common = pc.is_in(columns[0], value_set=theirs)
+            if (place := pc.index(is_common, True).as_py()) >= 0:
+                return columns[0][place].as_py()
+        return None
 
     @cached_property
     def row_of_id(self) -> dict[str, int]:

@@ -11,6 +11,7 @@ from ..evaluation.retrieval import Qrels, mean_percent, reciprocal_rank
 from .fusion import fuse
 from .hits import Found, PassageHit
 from .index import Index
+from .shards import ShardedIndex
 from .vectors import difference
 
 WEIGHTS = tuple(number / 10 for number in range(11))  # of the dense scores, among which `tune` chooses
@@ -25,14 +26,14 @@ class Search:
     """Searches an index with an encoder. A question of blanks alone has no hits.
 
     Args:
-        index: an open index.
+        index: an open index, or several of them, which have no `hybrid`.
         encoder: of the questions.
 
     Raises:
         UserError: the index has no vectors, or they are of another encoder.
     """
 
-    def __init__(self, index: Index, encoder: MixLMEncoder):
+    def __init__(self, index: Index | ShardedIndex, encoder: MixLMEncoder):
         self.index, self._encoder = index, encoder
         if index.dense is None:
             raise UserError(f"{index.folder}: has no vectors to search by; build it with mixlm index --vectors")
@@ -92,11 +93,11 @@ class Search:
         Raises:
             UserError: they are not the same.
         """
-        stored = self.index.dense.vectors
-        rows = np.linspace(0, len(stored) - 1, min(_VERIFIED, len(stored))).astype(np.int64)
+        count = len(self.index.dense)
+        rows = np.linspace(0, count - 1, min(_VERIFIED, count)).astype(np.int64)
         vectors = self._encoder.encode_passages([self.index.passages[row] for row in rows.tolist()])
         lengths = np.linalg.norm(vectors, axis=1)
-        is_off = ~(np.linalg.norm(vectors - stored[rows], axis=1) <= _VERIFY_TOLERANCE * lengths)
+        is_off = ~(np.linalg.norm(vectors - self.index.dense.vectors_of(rows), axis=1) <= _VERIFY_TOLERANCE * lengths)
         if is_off.any():
             passage = self.index.passages.id_of_row(int(rows[is_off.argmax()]))
             raise UserError(
