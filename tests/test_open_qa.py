@@ -136,7 +136,7 @@ def test_questions_without_hits_have_no_answer_and_move_no_other():
     assert answers[0] == OpenAnswer("", []) and [each.text for each in answers[4].candidates] == ["1443", "10"]
 
 
-def test_nothing_is_read_where_nothing_is_found(built, monkeypatch):
+def test_nothing_is_read_where_nothing_is_found(built):
     reader = StubReader()
     answering = OpenQA(open_index(built), reader)
     assert list(answering.answers(["?", "zzz"])) == [("", []), ("", [])] and list(answering.answers([])) == []

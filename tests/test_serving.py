@@ -23,6 +23,7 @@ from mixlm.cli import main
 from mixlm.data.passages import Passage
 from mixlm.encoder import Encoding, MixLMEncoder
 from mixlm.open_qa import OpenQA
+from mixlm.reader import MixLMReader
 from mixlm.retrieval.analysers import BigramAnalyser
 from mixlm.retrieval.index import build_index, open_index
 from mixlm.retrieval.search import CANDIDATES, Search
@@ -52,7 +53,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def by_terms(folder):
     return OpenQA(open_index(folder / "lexical"), StubReader())
 
@@ -158,7 +159,7 @@ def ask_question(address, question):
     return ask(address, json.dumps({"question": question}).encode())
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def address(by_terms):
     with running(build_app(by_terms, ["한글날은?"])) as address:
         yield address
@@ -225,18 +226,11 @@ def test_neither_page_nor_answers_ask_another_machine(by_terms, monkeypatch):
 @pytest.fixture(scope="module")
 def process(folder):
     """`mixlm serve` with a real retriever and reader: its process, and the address that it has printed."""
-    command = [sys.executable, "-m", "mixlm.cli", "serve", "--index", str(folder / "index"), "--port", "0"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    program = [
-        sys.executable,
-        "-c",
-        "from mixlm.cli import main; main()",
-        *command[3:],
-        "--reader",
-        f"{folder}/reader",
-    ]
+    program = "from mixlm.cli import main; main()"
+    options = ["serve", "--index", f"{folder}/index", "--reader", f"{folder}/reader", "--port", "0"]
+    command, environment = [sys.executable, "-c", program, *options], {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
-        program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     ) as process:
         line = process.stdout.readline()
         assert line.endswith("/  (Ctrl-C ends it)\n"), process.stderr.read()
@@ -256,8 +250,6 @@ def test_it_listens_to_this_machine_alone(process):
 def test_many_questions_at_once_get_the_answers_of_single_ones_and_memory_stays(process, folder, search):
     server, address = process
     single = {question: ask_question(address, question) for question in QUESTIONS}
-    from mixlm.reader import MixLMReader
-
     answering = OpenQA(search.index, MixLMReader.from_pretrained(folder / "reader", "cpu"), search.hybrid)
     for question, (status, result) in single.items():
         expected = answering.answer(question)
@@ -274,6 +266,7 @@ def test_many_questions_at_once_get_the_answers_of_single_ones_and_memory_stays(
                 single[question] for question in asked
             ]
             memory.append(psutil.Process(server.pid).memory_info().rss / 2**20)
+    print(memory)
     assert memory[5] - memory[1] < 4, f"MiB after each round: {memory}"
 
 

@@ -74,8 +74,7 @@ def add_answering_arguments(parser: argparse.ArgumentParser) -> None:
 
 def open_answering(arguments: argparse.Namespace) -> "OpenQA":
     """Open the index, the encoder that it needs, and the reader."""
-    if arguments.top_k < 1:
-        raise UserError(f"--top_k {arguments.top_k}: must be 1 or more")
+    _require_top_k(arguments)
     from transformers.utils.logging import disable_progress_bar
 
     from ..open_qa import OpenQA
@@ -89,6 +88,7 @@ def open_answering(arguments: argparse.Namespace) -> "OpenQA":
 
 def ask_verb(arguments: argparse.Namespace) -> None:
     """`mixlm ask`."""
+    _require_top_k(arguments)
     for name in ("articles", "tune", "out"):
         if getattr(arguments, name) not in (None, False) and arguments.questions is None:
             raise UserError(f"--{name} is of --questions; leave it out")
@@ -103,6 +103,11 @@ def ask_verb(arguments: argparse.Namespace) -> None:
         if arguments.out is not None:
             require_json_lines(arguments.out, "answers")
         _answer_file(arguments)
+
+
+def _require_top_k(arguments: argparse.Namespace) -> None:
+    if arguments.top_k < 1:
+        raise UserError(f"--top_k {arguments.top_k}: must be 1 or more")
 
 
 def _answer_file(arguments: argparse.Namespace) -> None:
@@ -177,7 +182,8 @@ def _print_answer(question: str, answer: "OpenAnswer", as_json: bool) -> None:
         print("\n" + "  ".join(filter(None, (candidate.passage.id, one_line(candidate.passage.title), note))))
         reader = f"{candidate.reader_score:.2f}" if candidate.text else "finds nothing"
         print(f"   reader {reader}, retriever {candidate.retriever_score:.2f}")
-        print(f"   {_marked(candidate)}".rstrip())
+        if candidate.passage.text:
+            print(f"   {_marked(candidate)}")
 
 
 def _marked(candidate: "Candidate") -> str:

@@ -65,7 +65,8 @@ def judge_answer(
 
 def open_qa_metrics(judged: Sequence[JudgedAnswer], top_k: int) -> dict[str, float]:
     """The means over all questions, in percent: `exact_match`, `f1`, `hits@k` (an answer is in the text of one of the
-    first k passages), and the share of the questions that is the fault of each part.
+    first k passages; of a question without answers it never is), and the share of the questions that is the fault of
+    each part.
 
     Args:
         judged: at least one.

@@ -1,8 +1,8 @@
 """Several indexes that are searched as one: each has some of the passages, and all have vectors of the same encoder.
 
 So a collection can be larger than what one process, one disk or one evening makes an index of. What is found by
-vectors is what one exact index of all passages would find, also where scores are equal. Terms are left out: what one is
-worth in BM25 depends on all passages.
+vectors is what one exact index of all passages would find, also where scores are equal. Terms are left out: what one
+is worth in BM25 depends on all passages.
 """
 
 from collections.abc import Iterator, Sequence

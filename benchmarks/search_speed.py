@@ -1,0 +1,113 @@
+#!/usr/bin/env python
+"""How long a search by vectors takes, how much of the best it finds, and how large the index is.
+
+    python benchmarks/search_speed.py                  # 10,000 and 1,000,000 passages; the table of docs/retrieval.md
+
+The vectors are synthetic, in clusters, as those of texts are: 256 numbers each, as mixlm-mini has. A question is the
+vector of a passage with noise. What is measured is the time from a question's vector to its 20 hits, one question
+after the other, from an index that was saved and is mapped into memory again.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import faiss
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from mixlm.retrieval.index_dense import KINDS, DenseIndex
+
+RESULTS = Path(__file__).with_suffix(".json")
+PAGE = Path(__file__).parents[1] / "docs" / "retrieval.md"
+BEGIN, END = "<!-- search speed: begin -->", "<!-- search speed: end -->"
+DIMENSION, TOP_K = 256, 20
+QUESTIONS, WARM_UP = 500, 20
+ROWS_PER_SHARD = 50_000
+NOISE = 0.7  # of a passage around the centre of its cluster, and of a question around its passage; centres have 1
+
+
+def shards(passages: int) -> Iterator[np.ndarray]:
+    """Vectors of passages, [up to 50,000, 256] each, always the same."""
+    centres = normal(0, (round(passages**0.5), DIMENSION))
+    for number, first in enumerate(range(0, passages, ROWS_PER_SHARD), start=1):
+        rows = min(ROWS_PER_SHARD, passages - first)
+        noise = normal(number, (rows, DIMENSION))
+        yield centres[np.arange(first, first + rows) % len(centres)] + NOISE * noise
+
+
+def normal(seed: int, shape: tuple[int, int]) -> np.ndarray:
+    """Normally distributed numbers, float32."""
+    return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+
+
+def measure(passages: int, kind: str) -> dict[str, str | int | float]:
+    """Build, save, load and search an index."""
+    began = time.perf_counter()
+    index = DenseIndex.build(shards(passages), kind)
+    minutes = (time.perf_counter() - began) / 60
+    folder = Path(tempfile.mkdtemp(prefix="search-speed-"))
+    try:
+        index.save(folder / "index")
+        size = sum(file.stat().st_size for file in (folder / "index").iterdir())
+        index = DenseIndex.load(folder / "index")
+        recall = index.recall()
+        rows = np.linspace(0, passages - 1, QUESTIONS + WARM_UP).astype(np.int64)
+        questions = index.vectors_of(rows) + NOISE * normal(-1 % 2**32, (len(rows), DIMENSION))
+        seconds = []
+        for question in questions:
+            began = time.perf_counter()
+            next(index.search(question[None], TOP_K))
+            seconds.append(time.perf_counter() - began)
+    finally:
+        shutil.rmtree(folder)
+    p50, p99 = np.percentile(1000 * np.array(seconds[WARM_UP:]), (50, 99))
+    return {
+        "passages": passages,
+        "kind": kind,
+        "threads": faiss.omp_get_max_threads(),
+        "p50 (ms)": round(float(p50), 3),
+        "p99 (ms)": round(float(p99), 3),
+        "recall@10": round(recall, 4),
+        "bytes per passage": round(size / passages),
+        "build (min)": round(minutes, 2),
+    }
+
+
+def table(rows: list[dict]) -> str:
+    """As docs/retrieval.md shows them."""
+    names = list(rows[0])
+    lines = [names, ["---"] * len(names), *(list(row.values()) for row in rows)]
+    return "\n".join(
+        "| " + " | ".join(f"{cell:,}" if isinstance(cell, int | float) else cell for cell in line) + " |"
+        for line in lines
+    )
+
+
+def put_on_page(rows: list[dict], page: Path) -> None:
+    """Put the table between its marks."""
+    before, rest = page.read_text("utf-8").split(BEGIN)
+    _, after = rest.split(END)
+    page.write_text(f"{before}{BEGIN}\n\n{table(rows)}\n\n{END}{after}", "utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--passages", type=int, nargs="+", default=[10_000, 1_000_000], metavar="N")
+    arguments = parser.parse_args()
+    rows = []
+    for passages in arguments.passages:
+        for kind in KINDS:
+            rows.append(measure(passages, kind))
+            print(json.dumps(rows[-1]), flush=True)
+    RESULTS.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    put_on_page(rows, PAGE)
+
+
+if __name__ == "__main__":
+    main()
