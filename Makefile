@@ -16,6 +16,10 @@ $(VENV)/installed: setup.py constraints.txt
 	@echo "installing into $(VENV) (a minute or two) ..."
 	@$(BIN)/pip install --quiet $$(grep '^torch==' constraints.txt)
 	@$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[plot,dev]'
+	@# For tests/browser, which are skipped without it; nothing else needs it.
+	@command -v chromedriver >/dev/null || ! command -v apt-get >/dev/null || test "$$(id -u)" != 0 || \
+		timeout 300 sh -c 'apt-get -qq update && apt-get -qq install -y chromium chromium-driver fonts-nanum' \
+		>/dev/null 2>&1 || true
 	@touch $@
 
 demo: $(VENV)/installed  ## Pretrain a tiny MixLM on the bundled corpus and fill a masked Korean sentence

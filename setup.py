@@ -43,6 +43,7 @@ setup(
         "dev": [
             "bm25s>=0.3.16",
             "faiss-cpu>=1.15",
+            "gradio>=6.31",
             "hypothesis",
             "kiwipiepy>=0.24",
             "matplotlib>=3.10",
@@ -53,6 +54,7 @@ setup(
             "pytest-xdist",
             "pytrec-eval-terrier",
             "ruff",
+            "selenium>=4.51",
         ],
     },
     entry_points={"console_scripts": ["mixlm = mixlm.cli:main"]},

@@ -22,13 +22,15 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils import ModelOutput
 
 import run_pretraining
-from mixlm import MixLMConfig, MixLMForQuestionAnswering, MixLMModel
+from mixlm import MixLMConfig, MixLMForQuestionAnswering, MixLMForRetrieval, MixLMModel
 from mixlm.data.batching import LengthBucketedBatches, Position, collate, training_batches
 from mixlm.data.corpus import read_documents
 from mixlm.data.examples import SentenceOrderExamples
+from mixlm.data.passages import read_passages
 from mixlm.data.squad import read_squad
 from mixlm.data.store import TokenizedCorpus, open_corpus
 from mixlm.data.tokenizing import SENTENCES_PER_CHUNK
+from mixlm.encoder import MixLMEncoder
 from mixlm.errors import UserError
 from mixlm.reader import MixLMReader, in_order, scores_by_window
 from mixlm.tokenization import load_tokenizer, train_tokenizer
@@ -41,7 +43,7 @@ DATA = Path(os.environ.get("MIXLM_DATA", Path(__file__).resolve().parent.parent.
 PADDED_LENGTH = 384  # tokens of every row without bucketing
 ROWS_PER_STEP = 32
 TIMED_BATCHES, TIMED_ROWS, PADDING_PAIRS = 8, 16, 3
-READ_QUESTIONS = 200
+READ_QUESTIONS, ENCODED_PASSAGES = 200, 200
 
 TOKENIZING_PAIRS = 3
 MEMORY_PAIRS = 3
@@ -193,10 +195,7 @@ def reading_rate() -> list[Result]:
     config = MixLMConfig.from_preset("mixlm-mini", vocab_size=len(tokenizer))
     reader = MixLMReader(MixLMForQuestionAnswering(config), tokenizer, batch_size=TIMED_ROWS)
 
-    def padding_model(**batch: Tensor) -> ModelOutput:
-        missing = reader.decoding.max_seq_length - batch["input_ids"].shape[1]
-        fill = {"input_ids": tokenizer.pad_token_id, "attention_mask": 0, "token_type_ids": 0}
-        return reader.model(**{name: F.pad(tensor, (0, missing), value=fill[name]) for name, tensor in batch.items()})
+    padding_model = partial(call_padded, reader.model, reader.decoding.max_seq_length, tokenizer.pad_token_id)
 
     def answer(model: Callable[..., ModelOutput]) -> None:
         windows = reader.decoding.windows(questions, tokenizer)
@@ -212,6 +211,45 @@ def reading_rate() -> list[Result]:
     shape = f"mixlm-mini (vocab_ko), {len(questions)} questions of KorQuAD, {rate:.0f} a second"
     ratio = median_ratio(seconds["padded"], seconds["bucketed"])
     return [Result("reading_rate_vs_padded", ratio, "x", "", shape, 1, PADDING_PAIRS)]
+
+
+def call_padded(model: Callable[..., ModelOutput], length: int, pad_token_id: int, **batch: Tensor) -> ModelOutput:
+    """What a model says of a batch when every row is padded to `length`."""
+    padded = {}
+    for name, tensor in batch.items():
+        fill = pad_token_id if name.endswith("input_ids") else 0
+        padded[name] = F.pad(tensor, (0, length - tensor.shape[1]), value=fill)
+    return model(**padded)
+
+
+def encoding_rate() -> list[Result]:
+    """Passages a CPU second of `MixLMEncoder`, from texts to vectors / when every passage is padded to 256 tokens"""
+    tokenizer = load_tokenizer(required_data("vocab_ko"))
+    passages = list(read_passages(required_data("mrc/KorQuAD_v1.0_dev.json")))
+    passages = passages[:: len(passages) // ENCODED_PASSAGES][:ENCODED_PASSAGES]
+    torch.manual_seed(0)
+    config = MixLMConfig.from_preset("mixlm-mini", vocab_size=len(tokenizer))
+    encoder = MixLMEncoder(MixLMForRetrieval(config), tokenizer, batch_size=TIMED_ROWS)
+    model = encoder.model
+
+    class Padding(torch.nn.Module):
+        config, device = model.config, model.device
+
+        def forward(self, **batch: Tensor) -> ModelOutput:
+            return call_padded(model, encoder.encoding.max_passage_length, tokenizer.pad_token_id, **batch)
+
+    def encode(used: torch.nn.Module) -> None:
+        encoder.model = used
+        encoder.encode_passages(passages)
+
+    with silence():
+        seconds = interleaved(
+            {"padded": partial(encode, Padding()), "bucketed": partial(encode, model)}, PADDING_PAIRS
+        )
+    rate = len(passages) / statistics.median(seconds["bucketed"])
+    shape = f"mixlm-mini (vocab_ko), {len(passages)} passages of KorQuAD, {rate:.0f} a second"
+    ratio = median_ratio(seconds["padded"], seconds["bucketed"])
+    return [Result("encoding_rate_vs_padded", ratio, "x", "", shape, 1, PADDING_PAIRS)]
 
 
 # Tokenization
@@ -428,6 +466,7 @@ ROWS = [
     ),
     Row(("padding_time_ratio",), padding_time_ratio),
     Row(("reading_rate_vs_padded",), reading_rate),
+    Row(("encoding_rate_vs_padded",), encoding_rate),
     Row(
         ("tokenize_rate_vs_raw", "tokenize_rate_vs_raw_fast"),
         tokenize_rate,

@@ -21,6 +21,7 @@ from .open_qa import OpenQA
 from .retrieval.fusion import fuse
 from .retrieval.hits import PassageHit
 from .retrieval.search import CANDIDATES, Search
+from .retrieval.shards import ShardedIndex
 
 LONGEST_QUESTION = 1000  # characters
 LARGEST_BODY = 64 * 1024  # bytes of a request: the longest question in any encoding, and what the page sends with it
@@ -127,8 +128,8 @@ def result_of(answering: OpenQA, question: str) -> dict[str, Any]:
 
     Returns:
         What `OpenAnswer.record` returns; "answer" is "" for "no answer". Each of its "candidates" has "lexical_score"
-        too, and where search is by vectors "dense_score" and "hybrid_score": those of `mixlm search`. A score is None
-        where the passage is not among the first 200 of that search.
+        too, and where search is by vectors "dense_score" and "hybrid_score": those of `mixlm search`. Several indexes
+        have "dense_score" alone. A score is None where the passage is not among the first 200 of that search.
     """
     result = answering.answer(question).record(question)
     id_of_row = answering.index.passages.id_of_row
@@ -141,9 +142,10 @@ def result_of(answering: OpenQA, question: str) -> dict[str, Any]:
 
 def _rankings(answering: OpenQA, question: str) -> dict[str, list[PassageHit]]:
     """What each search that there is finds for a question."""
-    index = answering.index
+    index, search = answering.index, getattr(answering.find, "__self__", None)  # whose method it is
+    if isinstance(index, ShardedIndex):
+        return {"dense": next(search.dense([question], CANDIDATES)).hits}
     lexical = next(index.find([question], CANDIDATES)).hits
-    search = getattr(answering.find, "__self__", None)  # whose method it is
     if not isinstance(search, Search):
         return {"lexical": lexical}
     dense = next(search.dense([question], CANDIDATES)).hits
