@@ -92,10 +92,10 @@ def test_an_answer_is_printed_in_its_passage(folder, capsys):
     assert answer == "1443" and len(blocks) == 3
     assert blocks[0] == "hangul  한글\n   reader 4.00, retriever 1.00\n   한글은 [1443]년에 만들어졌다."
     name, scores, text = blocks[1].splitlines()
-    assert (name, scores[:20]) == ("day", "   reader 1.00, retri")  # no title, and no blank in its place
+    assert name == "day" and scores.startswith("   reader 1.00, ")  # no title, and no blank in its place
     assert text.startswith("   한글날은 [9]일이다. 쉰다.") and text.endswith("...") and len(text) < 110
     name, scores = blocks[2].splitlines()
-    assert (name, scores[:23]) == ("letters  글자", "   reader finds nothing")  # a title alone
+    assert name == "letters  글자" and scores.startswith("   reader finds nothing, ")  # a title alone
 
 
 def test_what_is_before_an_answer_is_cut_too(folder, capsys, monkeypatch):
