@@ -161,7 +161,7 @@ def test_with_unanswerable_questions_the_threshold_is_chosen_too():
     examples = [example("right"), example("right"), example()]
     scores = answering_with().tune(examples, passages, exact)
     assert scores == {Choice(weight, 3): 100 for weight in WEIGHTS}
-    # Of thresholds that are as good, the least: answering from 1 on gains one answer more than from 5 on, and loses one.
+    # Of thresholds that are as good, the least: from 1 on one answer more is right than from 5 on, and one is wrong.
     examples = [example("right"), example(), example("right")]
     scores = answering_with().tune(examples, passages, exact)
     assert scores == {Choice(weight, 1): pytest.approx(200 / 3) for weight in WEIGHTS}
