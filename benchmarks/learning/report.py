@@ -23,7 +23,7 @@ from matplotlib import pyplot
 DOCUMENTS = FOLDER.parents[1] / "docs"
 PAGE = DOCUMENTS / "experiments.md"
 FIGURE = DOCUMENTS / "learning.png"
-FIGURE_TABLE = "finalists"
+FIGURE_TABLE, FINALIST_MINUTES = "finalists", 60
 PLACES = 200  # of a drawn curve
 _TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -154,11 +154,12 @@ def rewrite(page: str, results: Sequence[dict[str, Any]]) -> str:
 
 
 def minutes_of(result: dict[str, Any]) -> list[float]:
-    """CPU minutes at each point of the curve of a run whose budget was minutes.
+    """CPU minutes at each point of the curve of a finalist.
 
-    Its steps were timed before it began; the clock of the run itself also has what other programs cost it.
+    Its steps are as many as fit into its minutes when nothing else runs; the clock of the run itself also has what
+    other programs cost it.
     """
-    return [result["minutes"] * point["step"] / result["steps"] for point in result["curve"]]
+    return [FINALIST_MINUTES * point["step"] / result["steps"] for point in result["curve"]]
 
 
 def tokens_of(result: dict[str, Any]) -> list[float]:

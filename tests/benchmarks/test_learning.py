@@ -303,10 +303,10 @@ def test_the_page_shows_the_kept_results():
 
 
 def test_curves_are_drawn(tmp_path):
-    run = {**study.OPTIONAL, "minutes": 2, "steps": 4, "metrics": {"unigram_loss": 7.0}}
+    run = {**study.OPTIONAL, "steps": 4, "metrics": {"unigram_loss": 7.0}}
     curve = [{"step": step, "tokens": 1000 * step, "mlm_loss": 7 - step / 4} for step in (1, 2, 3, 4)]
     lines = [report.Line("a", {seed: {**run, "curve": curve} for seed in (1, 2)}, 2), report.Line("b", {}, 2)]
-    assert report.minutes_of(lines[0].results[1]) == [0.5, 1.0, 1.5, 2.0]
+    assert report.minutes_of(lines[0].results[1]) == [15, 30, 45, 60]
     report.draw_curves(lines, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 10_000
 
@@ -322,11 +322,11 @@ def test_seeds_are_averaged_at_like_places(tmp_path, monkeypatch):
             {"step": step, "tokens": 50_000 * step, "mlm_loss": 7 - 2 * step / steps}
             for step in range(first, steps + 1, distance)
         ]
-        results[seed] = {"minutes": 2, "steps": steps, "curve": curve, "metrics": {"unigram_loss": 7.0}}
+        results[seed] = {"steps": steps, "curve": curve, "metrics": {"unigram_loss": 7.0}}
     report.draw_curves([report.Line("a", results, 2)], tmp_path / "curves.png")
     (minutes, by_minutes), (tokens, by_tokens) = drawn
-    assert (minutes[0], minutes[-1]) == (0.5, 2.0) and (tokens[0], tokens[-1]) == (1.0, 2.0)
-    assert by_minutes == pytest.approx(7 - minutes)
+    assert (minutes[0], minutes[-1]) == (15, 60) and (tokens[0], tokens[-1]) == (1.0, 2.0)
+    assert by_minutes == pytest.approx(7 - minutes / 30)
     assert by_tokens == pytest.approx(7 - (tokens + tokens / 2) / 2)
 
 
