@@ -21,6 +21,7 @@ from mixlm.training.batches import TrainingBatches
 from mixlm.training.fine_tuning import read_questions, run_seeds, write_lines
 from mixlm.training.loop import train
 from mixlm.training.objectives import RetrievalObjective
+from mixlm.training.publishing import push_run
 from mixlm.training.retrieval import RetrievalArguments, evaluate_retrieval, pairs_of_corpus, pairs_of_questions
 from mixlm.training.run import SKIPPED_FILE, end_processes, finish_run, on_main_process, prepare_run
 
@@ -62,6 +63,7 @@ def run(arguments: RetrievalArguments) -> dict[str, float]:
         batches,
     )
     finish_run(tokenizer, best, arguments, accelerator, arguments.encoding)
+    push_run(arguments, accelerator)
     return best.metrics
 
 

@@ -25,6 +25,7 @@ from mixlm.training.batches import TrainingBatches
 from mixlm.training.fine_tuning import Questions, read_questions, run_seeds, write_lines
 from mixlm.training.loop import train
 from mixlm.training.objectives import ReadingObjective
+from mixlm.training.publishing import push_run
 from mixlm.training.reading import (
     ReadingArguments,
     chosen_metric,
@@ -127,6 +128,7 @@ def run(arguments: ReadingArguments) -> dict[str, float]:
         on_main_process(accelerator, lambda: write_predictions(answers, folder / "predict"))
     if arguments.do_eval or arguments.do_predict:
         accelerator.print(f"answers are in {folder}")
+    push_run(arguments, accelerator)
     return metrics
 
 

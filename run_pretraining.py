@@ -26,6 +26,7 @@ from mixlm.training.evaluation import (
 )
 from mixlm.training.loop import train
 from mixlm.training.objectives import InverseClozeObjective, SentenceOrderObjective
+from mixlm.training.publishing import push_run
 from mixlm.training.run import end_processes, finish_run, prepare_run
 
 FAMILIES = {
@@ -127,6 +128,7 @@ def main():
     batches = TrainingBatches(training, tokenizer.pad_token_id, arguments, accelerator)
     last = train(model, OBJECTIVES[arguments.task], batches, arguments, accelerator, evaluate, batches)
     finish_run(tokenizer, last, arguments, accelerator)
+    push_run(arguments, accelerator)
     end_processes()
 
 

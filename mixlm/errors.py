@@ -8,6 +8,7 @@ from functools import wraps
 USER_ERROR_EXIT_CODE = 2
 STOPPED_EXIT_CODE = 3
 LOST_RANK_EXIT_CODE = 4
+NOT_PUSHED_EXIT_CODE = 5
 INTERRUPTED_EXIT_CODE = 130  # what a shell expects after Ctrl-C
 
 
@@ -17,6 +18,10 @@ class UserError(Exception):
 
 class RunStopped(Exception):
     """A run ended before its last step because it was asked to, and can go on from there. A single line."""
+
+
+class NotPushed(Exception):
+    """A run has ended well and its model is whole, but it could not be pushed to the Hub. A single line."""
 
 
 def one_line(message: object) -> str:
@@ -50,7 +55,7 @@ def _rank_unless_first() -> str:
 
 def exits_on_user_error(main: Callable) -> Callable:
     """Decorate a program's `main`: a `UserError` becomes `error: ...` on stderr and exit code 2, `RunStopped` its line
-    and exit code 3, a rank that is lost 4, Ctrl-C 130."""
+    and exit code 3, a rank that is lost 4, `NotPushed` its line and 5, Ctrl-C 130."""
 
     @wraps(main)
     def wrapper(*args, **kwargs):
@@ -71,6 +76,9 @@ def exits_on_user_error(main: Callable) -> Callable:
             if os.environ.get("RANK", "0") == "0":
                 print(one_line(stop), file=sys.stderr)
             sys.exit(STOPPED_EXIT_CODE)
+        except NotPushed as failure:
+            print(f"not pushed: {one_line(failure)}", file=sys.stderr)
+            sys.exit(NOT_PUSHED_EXIT_CODE)
         except RuntimeError as error:
             if is_out_of_memory(error):
                 print(

@@ -16,7 +16,7 @@ LAYERS = [
     {"profiling", "planning", "probing", "open_qa", "serving"},
     {"training", "retrieval"},
     {"evaluation", "reader", "encoder"},
-    {"data", "tokenization", "conversion", "loading"},
+    {"data", "tokenization", "conversion", "loading", "hub"},
     {"files"},
 ]
 ONLY_IN = {"fairscale": ("training", "sharding"), "faiss": ("retrieval", "index")}

@@ -14,6 +14,7 @@ from .costs import add_plan_parser, add_profile_parser
 from .index import add_encode_parser, add_index_parser
 from .mine import add_mine_parser
 from .models import add_convert_parser, add_fill_mask_parser, add_read_parser
+from .push import add_push_parser
 from .runs import add_report_parser, add_verify_engines_parser
 from .search import add_evaluate_parser, add_search_parser, add_tune_parser
 from .serve import add_serve_parser
@@ -68,6 +69,7 @@ def main(argv: list[str] | None = None) -> None:
     add_serve_parser(subparsers)
     add_evaluate_parser(subparsers)
     add_report_parser(subparsers)
+    add_push_parser(subparsers)
     add_profile_parser(subparsers)
     add_plan_parser(subparsers)
     add_verify_engines_parser(subparsers)

@@ -12,7 +12,9 @@ from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
 from transformers import HfArgumentParser
 
+from ..data.corpus import corpus_files
 from ..errors import UserError, one_line
+from ..hub import require_repository_name
 from .memory import parse_memory
 
 Arguments = TypeVar("Arguments", bound="TrainingArguments")
@@ -137,6 +139,26 @@ class TrainingArguments:
         metadata={"help": "Save and stop after this many minutes of training, with exit code 3. None = no limit."},
     )
 
+    # The Hub
+    push_to_hub: bool = field(
+        default=False,
+        metadata={
+            "help": "Push the finished model with a model card. The token is that of HF_TOKEN or of hf auth login. A "
+            "push that fails leaves the model where it is, with exit code 5."
+        },
+    )
+    hub_model_id: str | None = field(
+        default=None, metadata={"help": "USER/NAME of the repository. Required with push_to_hub."}
+    )
+    hub_private_repo: bool = field(default=False, metadata={"help": "Make it one that only you see."})
+    hub_license: str = field(
+        default="apache-2.0", metadata={"help": "Licence of the model for its card, as the Hub abbreviates it."}
+    )
+    hub_strategy: Literal["end", "every_save"] = field(
+        default="end",
+        metadata={"help": "When to push: at the end, or every checkpoint too, in the background of the training."},
+    )
+
     def __post_init__(self):
         for name in ("gradient_accumulation_steps", "logging_steps", "save_total_limit"):
             self.require(getattr(self, name) >= 1, name, "at least 1")
@@ -172,6 +194,13 @@ class TrainingArguments:
         if self.model_name is not None:
             named_well = self.model_name not in ("", ".", "..") and not set(self.model_name) & set("/\\")
             self.require(named_well, "model_name", "a plain folder name, without slashes")
+        if self.push_to_hub and self.hub_model_id is None:
+            raise UserError("--push_to_hub: --hub_model_id USER/NAME is missing")
+        if self.hub_model_id is not None:
+            require_repository_name(self.hub_model_id, "--hub_model_id")
+        for name in ("hub_model_id", "hub_private_repo", "hub_license", "hub_strategy"):
+            is_default = getattr(self, name) == type(self).__dataclass_fields__[name].default
+            self.require(self.push_to_hub or is_default, name, "left out without push_to_hub")
 
     def require(self, allowed: bool, name: str, rule: str) -> None:
         """Raise UserError unless the field's value is allowed."""
@@ -231,6 +260,14 @@ class TrainingArguments:
     def run_folder(self) -> Path:
         """output_dir/model_name: checkpoints, curves, results and at the end the model."""
         return Path(self.output_dir) / (self.model_name or "")
+
+    def data_sources(self) -> dict[str, list[Path] | str]:
+        """What the run reads, by argument: files, or the name of a dataset on the Hub.
+
+        Raises:
+            UserError: there are no such files.
+        """
+        return {}
 
     def to_dict(self) -> dict[str, Any]:
         """The resolved arguments, as saved beside every checkpoint."""
@@ -292,6 +329,19 @@ class PretrainingArguments(TrainingArguments):
         self.require(0 < self.eval_split < 1, "eval_split", "between 0 and 1")
         self.require(self.max_eval_examples >= 1, "max_eval_examples", "at least 1")
         self.require(self.max_seq_length >= 8, "max_seq_length", "at least 8")
+
+    def data_sources(self) -> dict[str, list[Path] | str]:
+        if self.dataset_name is not None:
+            return {"dataset_name": dataset_source(self.dataset_name)}
+        return {"corpus_path": corpus_files(self.corpus_path)}
+
+
+def dataset_source(name: str) -> list[Path] | str:
+    """The files of a local dataset, or the name of one on the Hub."""
+    path = Path(name)
+    if path.is_dir():
+        return sorted(file for file in path.rglob("*") if file.is_file())
+    return [path] if path.is_file() else name
 
 
 class _Parser(HfArgumentParser):

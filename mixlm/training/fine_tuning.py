@@ -19,11 +19,12 @@ from ..data.squad import (
     count_unanswerable,
     read_rows,
     read_squad,
+    reading_files,
     select_articles,
     split_by_article,
 )
 from ..errors import UserError
-from .arguments import TrainingArguments
+from .arguments import TrainingArguments, dataset_source
 from .run import SKIPPED_FILE, on_main_process
 
 
@@ -100,6 +101,17 @@ class FineTuningArguments(TrainingArguments):
             are_distinct = len(set(self.seeds)) == len(self.seeds) > 0
             self.require(are_seeds and are_distinct, "seeds", "one or more different numbers from 0 to 4294967295")
             self.require(self.resume in ("auto", "never"), "resume", "auto or never with seeds")
+            rule = "left out with seeds: push one of them afterwards with mixlm push"
+            self.require(not self.push_to_hub, "push_to_hub", rule)
+
+    def data_sources(self) -> dict[str, list[Path] | str]:
+        sources: dict[str, list[Path] | str] = {}
+        if self.dataset_name is not None:
+            sources["dataset_name"] = dataset_source(self.dataset_name)
+        for argument in ("train_file", "validation_file"):
+            if (given := getattr(self, argument)) is not None:
+                sources[argument] = [file for path in given for file in reading_files(path)]
+        return sources
 
     def fit_schedule(self, rows_of_an_epoch: int, processes: int) -> None:
         """Set num_steps, warmup_steps and eval_steps, where they are to follow from the data.

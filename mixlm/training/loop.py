@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..data.batching import Position
 from ..errors import RunStopped, UserError, file_error
+from ..hub import open_repository
 from .arguments import TrainingArguments
 from .batch_size import find_batch_size
 from .batches import TrainingBatches
@@ -30,6 +31,8 @@ from .memory import MemoryMeter
 from .objectives import Batch, Objective, Term
 from .optimization import AdamW, learning_rate_factor
 from .precision import LossScale
+from .publishing import CheckpointPusher
+from .record import record_run
 from .run import CHECKPOINTS, choose_checkpoint, how_to_go_on, is_of_run, on_main_process, remove_earlier_run
 from .sharding import Engine, build_engine, describe, sharding_units
 from .stopping import StopRequest
@@ -44,11 +47,11 @@ def changed_arguments(earlier: dict[str, Any], now: dict[str, Any]) -> dict[str,
 
     A run may go on with another learning rate, batch size or number of processes, but its user should see it.
     """
-    about_the_run_alone = ("model_name", "output_dir", "resume", "overwrite_output_dir", "max_minutes")
+    about_the_run_alone = ("model_name", "output_dir", "resume", "overwrite_output_dir", "max_minutes", "push_to_hub")
     return {
         name: (earlier.get(name), value)
         for name, value in now.items()
-        if name not in about_the_run_alone and earlier.get(name) != value
+        if name not in about_the_run_alone and not name.startswith("hub_") and earlier.get(name) != value
     }
 
 
@@ -152,23 +155,31 @@ class _Run:
         # A run may also begin with a checkpoint of another.
         self.is_new = checkpoint is None or not is_of_run(checkpoint, arguments.run_folder)
         self.saved_step = None if self.is_new else self.state.step
+        pushes = arguments.push_to_hub and arguments.hub_strategy == "every_save"
+        self.pusher = CheckpointPusher(arguments) if pushes else None
 
     def begin(self) -> None:
-        """Take possession of the run's folder."""
+        """Take possession of the run's folder, and of its repository."""
+        arguments = self.arguments
+        if arguments.push_to_hub:
+            on_main_process(
+                self.accelerator, lambda: open_repository(arguments.hub_model_id, arguments.hub_private_repo)
+            )
         if self.is_new:
-            on_main_process(self.accelerator, lambda: remove_earlier_run(self.arguments.run_folder))
+            on_main_process(self.accelerator, lambda: remove_earlier_run(arguments.run_folder))
+        on_main_process(self.accelerator, lambda: record_run(arguments, self.resolved, self.state.step))
         # The checkpoints that lead here. When a run goes back to an earlier one, those after it are not among them.
         self.ancestors = [path for path in checkpoints_in(self.checkpoints) if step_of(path) <= self.state.step]
         if self.state.best and checkpoint_of(self.checkpoints, self.state.best.step) not in self.ancestors:
             self.state.best = None  # of another run, or deleted since
-        if self.state.best and (changed := [name for name in self.arguments.judged_by if name in self.changed]):
+        if self.state.best and (changed := [name for name in arguments.judged_by if name in self.changed]):
             self.accelerator.print(f"  {changed[0]} has changed: earlier evaluations say nothing of what is best")
             self.state.best = None
         # What an interrupted run has logged after its checkpoint is logged again.
         purge = {"tensorboard": {"purge_step": self.state.step + 1}}
         self.accelerator.init_trackers("tensorboard", init_kwargs=purge)
-        self.progress = Progress(self.accelerator, self.arguments.num_steps, self.state.step)
-        if self.state.evaluation_due and self.state.step < self.arguments.num_steps:
+        self.progress = Progress(self.accelerator, arguments.num_steps, self.state.step)
+        if self.state.evaluation_due and self.state.step < arguments.num_steps:
             self.keep_if_best(self.evaluate())
 
     def _announce(self, checkpoint: Path) -> None:
@@ -364,6 +375,9 @@ class _Run:
                 prune(self.checkpoints, [*self.ancestors[-self.arguments.save_total_limit :], *best])
             except OSError as error:
                 self.progress.write(f"{file_error(error)}: an older checkpoint cannot be deleted; training goes on")
+            # After the last one comes the finished model, and a stop is not to wait for an upload.
+            if self.pusher is not None and not must_succeed and (failure := self.pusher.push(target)):
+                self.progress.write(failure)
             return True
 
         is_written = on_main_process(self.accelerator, write)

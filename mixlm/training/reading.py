@@ -89,6 +89,7 @@ class ReadingArguments(FineTuningArguments):
             self.do_train = bool(self.train_file or self.dataset_name)
             self.do_eval = self.do_train or self.validation_file is not None
             self.do_predict = self.predict_file is not None
+        self.require(self.do_train or not self.push_to_hub, "push_to_hub", "left out where nothing is trained")
         has_questions = self.predict_file is not None
         self.require(has_questions or not self.do_predict, "do_predict", "left out without predict_file")
         if self.version_2_with_negative:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -9,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from torch.utils.data import Dataset
 
+from ..data.corpus import corpus_files
 from ..data.examples import InverseClozeExamples
 from ..data.retrieval import (
     EMPTY_PASSAGE,
@@ -119,6 +121,14 @@ class RetrievalArguments(FineTuningArguments):
             # From here on it is what the loop calls accumulation.
             self.gradient_accumulation_steps = self.train_batch_size // self.cache_chunk
             self.train_batch_size, self.cache_chunk = self.cache_chunk, None
+
+    def data_sources(self) -> dict[str, list[Path] | str]:
+        sources = super().data_sources()
+        if self.corpus_path is not None:
+            sources["corpus_path"] = corpus_files(self.corpus_path)
+        if self.hard_negatives is not None:
+            sources["hard_negatives"] = [Path(self.hard_negatives)]
+        return sources
 
     @property
     def model_fields(self) -> dict[str, Any]:

@@ -18,14 +18,17 @@ from transformers.utils.logging import disable_progress_bar
 
 from ..errors import UserError, file_error
 from ..files import whole_folder
+from ..hub import CARD_FILE, require_access
 from ..loading import StoredSettings
 from .arguments import TrainingArguments
+from .card import is_generated
 from .checkpoint import MODEL_FOLDER, Evaluation, checkpoint_of, checkpoints_in, prune, read_state, verify
 from .launch import start_missing_processes
+from .record import RECORD_FILE, RESULTS_FILE
 
 # What a finished run has put into its folder, and what a new one in its place removes. The configuration comes last:
 # without it the folder is no model.
-FINAL_FOLDER, CONFIGURATION_FILE, RESULTS_FILE = "final", "config.json", "eval_results.json"
+FINAL_FOLDER, CONFIGURATION_FILE = "final", "config.json"
 CHECKPOINTS = "checkpoints"
 SKIPPED_FILE = "skipped_answers.jsonl"
 REMOVED_BY_A_NEW_RUN = (
@@ -38,6 +41,7 @@ REMOVED_BY_A_NEW_RUN = (
     "questions.jsonl",
     CONFIGURATION_FILE,
     RESULTS_FILE,
+    RECORD_FILE,
     "model.safetensors",
     "curves.png",
     "reading.png",
@@ -49,7 +53,7 @@ def prepare_run(arguments: TrainingArguments) -> Accelerator:
 
     Raises:
         UserError: the folder cannot be written or belongs to an earlier run; there is no such checkpoint; the rows of
-            a step cannot be shared out among the processes.
+            a step cannot be shared out among the processes; there is no token to push with.
     """
     require_checkpoint(arguments)
     start_missing_processes()
@@ -65,6 +69,8 @@ def prepare_run(arguments: TrainingArguments) -> Accelerator:
     # `accelerate config` may ask for a precision. The engine sees to it: on a CPU accelerate passes over fp16.
     arguments.take_precision(accelerator.mixed_precision)
     arguments.fit_effective_batch(accelerator.num_processes)
+    if arguments.push_to_hub:
+        on_main_process(accelerator, require_access)
     on_main_process(accelerator, lambda: _claim(folder, arguments))
     torch.manual_seed(arguments.seed)
     return accelerator
@@ -111,7 +117,7 @@ def _goes_on_in(folder: Path, arguments: TrainingArguments) -> bool:
     """Whether what is in the folder is the run that is to go on."""
     if arguments.resume == "auto":
         # Killed before its first checkpoint, a run has left these alone.
-        left = {CHECKPOINTS, "tensorboard", SKIPPED_FILE}
+        left = {CHECKPOINTS, "tensorboard", SKIPPED_FILE, RECORD_FILE}
         return bool(checkpoints_in(folder / CHECKPOINTS)) or {path.name for path in folder.iterdir()} <= left
     return arguments.resume != "never" and is_of_run(Path(arguments.resume), folder)
 
@@ -184,6 +190,9 @@ def remove_earlier_run(folder: Path) -> None:
         path = folder / name
         is_folder = path.is_dir() and not path.is_symlink()
         shutil.rmtree(path) if is_folder else path.unlink(missing_ok=True)
+    card = folder / CARD_FILE
+    if card.is_file() and is_generated(card.read_text("utf-8", errors="replace")):  # and not a person's
+        card.unlink()
 
 
 def finish_run(
