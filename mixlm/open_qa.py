@@ -26,6 +26,8 @@ from .reader import MixLMReader
 from .retrieval.fusion import normalised
 from .retrieval.hits import Find, Found
 from .retrieval.index import Index
+from .retrieval.shards import ShardedIndex
+from .retrieval.vectors import difference
 
 WEIGHTS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # of the retriever, among which `tune` chooses
 
@@ -107,24 +109,28 @@ class OpenQA:
     """Answers questions from the passages of an index.
 
     Args:
-        index: where passages are found.
+        index: where passages are found; in several indexes only by `find`.
         reader: reads them.
         find: finds them, such as a method of `mixlm.retrieval.search.Search`; None is lexical search.
         top_k: how many passages are read for a question.
-        choice: how the answer is chosen; None is what `store` has stored for this index and reader, if there is
-            anything.
+        choice: how the answer is chosen; None is what `store` has stored in the index, if that was tuned under what is
+            the case now.
+
+    Attributes:
+        unused: why what is stored in the index is not used, though no `choice` was given; else None.
     """
 
     def __init__(
         self,
-        index: Index,
+        index: Index | ShardedIndex,
         reader: MixLMReader,
         find: Find | None = None,
         top_k: int = 10,
         choice: Choice | None = None,
     ):
         self.index, self.reader, self.top_k = index, reader, top_k
-        self.find, self.choice = find or index.find, choice or self._stored_choice()
+        self.find, self.unused = find or index.find, None
+        self.choice = choice or self._stored_choice()
 
     def answer(self, question: str) -> OpenAnswer:
         """The answer to one question."""
@@ -189,7 +195,7 @@ class OpenQA:
         return found
 
     def store(self, choice: Choice, f1: float) -> None:
-        """Choose by it from now on, also whenever this index is opened with this reader.
+        """Choose by it from now on, also whenever this index is searched and read in the same way.
 
         Args:
             choice: the best of `tune`.
@@ -199,13 +205,25 @@ class OpenQA:
             UserError: it cannot be written into the index.
         """
         self.choice = choice
-        self.index.store_tuning(
-            "answers", {**asdict(choice), "f1": round(f1, 4), "reader": hash_of_weights(self.reader.model)}
-        )
+        self.index.store_tuning("answers", {**asdict(choice), "f1": round(f1, 4), **self._circumstances()})
+
+    def _circumstances(self) -> dict[str, Any]:
+        """All that the scores of candidates depend on: a choice that is tuned under others says nothing of them."""
+        mode = "lexical" if getattr(self.find, "__self__", None) is self.index else self.find.__name__
+        return {
+            "passages": len(self.index.passages),  # of several indexes, more than of the one that has the choice
+            "mode": mode,
+            "hybrid_weight": self.index.weight if mode == "hybrid" else None,
+            "top_k": self.top_k,
+            "reader": hash_of_weights(self.reader.model),
+            **asdict(self.reader.decoding),
+        }
 
     def _stored_choice(self) -> Choice:
-        stored = self.index.manifest.get("answers")
-        if stored is None or stored["reader"] != hash_of_weights(self.reader.model):
+        if (stored := self.index.manifest.get("answers")) is None:
+            return Choice()
+        if (other := difference(stored, self._circumstances())) is not None:
+            self.unused = f"what is tuned in {self.index.folder} is not used, because {other}"
             return Choice()
         return Choice(stored["weight"], stored["threshold"])
 

@@ -1,5 +1,6 @@
 """`mixlm ask`."""
 
+import errno
 import gzip
 import json
 import sys
@@ -175,6 +176,7 @@ def test_the_answers_to_a_file_are_judged(folder, capsys, monkeypatch):
         ("q2", "1443년", 1, "choice"),
         ("q3", "", None, "retriever"),
     ]
+    assert [each["references"] for each in answers] == [["1443년"], ["한국"], ["9일"], ["섬"]]
     assert answers[2]["question"] == "한글날은 한글날은?" and answers[2]["exact_match"] == 0
     assert {each["text"] for each in answers[2]["candidates"]} >= {"1443년", "9일"}
 
@@ -205,7 +207,12 @@ def test_the_choice_is_tuned_stored_and_used(folder, capsys, monkeypatch):
     first = json.loads(capsys.readouterr().out)
     assert (first["weight"], first["exact_match"], first["fault_of_choice"]) == (4, 50, 0)
     main([*asked, "--tune", "--json"])
-    assert json.loads(capsys.readouterr().out) == first  # one object, and no table before it
+    out, error = capsys.readouterr()
+    assert json.loads(out) == first and error == ""  # one object, and no table before it
+    main([*asked, "--json", "--top_k", "2"])
+    out, error = capsys.readouterr()
+    assert json.loads(out)["weight"] == 2 and error.count("\n") == 1
+    assert error.startswith("note: what is tuned in index is not used, because top_k is 10 there and 2 now; to choose")
     use_reader(monkeypatch, MarkingReader(seed=1))
     main([*asked, "--json"])
     assert json.loads(capsys.readouterr().out)["weight"] == 2
@@ -217,9 +224,10 @@ def test_questions_without_an_answer_have_a_threshold_tuned(folder, capsys, monk
     asked = [*ASK, "--questions", "squad.json", "--top_k", "1"]
     main([*asked, "--json"])
     before = json.loads(capsys.readouterr().out)
-    assert (before["exact_match"], before["fault_of_choice"]) == (50, 50)
+    assert (before["exact_match"], before["fault_of_choice"], before["hits@1"]) == (50, 50, 100)
     main([*asked, "--tune"])
     out = capsys.readouterr().out
+    assert "hits@1              100.00  % of 1 questions that have an answer\n" in out
     assert "  100.00  " in out and "4.00  chosen\n" in out and metrics_of(out)["exact_match"] == "100.00"
 
 
@@ -241,6 +249,11 @@ def test_questions_without_an_answer_have_a_threshold_tuned(folder, capsys, monk
         (["--questions", "squad.json", "--out", "answers.txt.gz"], "name it .jsonl"),
         (["--questions", "squad.json", "--out", "absent/answers.jsonl"], "no such folder; make it first"),
         (["--questions", "squad.json", "--out", "folder.jsonl"], "--out folder.jsonl: is no file"),
+        (
+            ["--questions", "q.jsonl", "--out", "../{here}/q.jsonl"],
+            "q.jsonl: is what --questions reads, or lies in it",
+        ),
+        (["--questions", ".", "--out", "answers.jsonl"], "--out answers.jsonl: is what --questions reads, or lies in"),
     ],
 )
 def test_wrong_options_are_one_line_before_anything_is_read(folder, capsys, monkeypatch, options, message):
@@ -249,8 +262,21 @@ def test_wrong_options_are_one_line_before_anything_is_read(folder, capsys, monk
     before = sorted(folder.iterdir())
     monkeypatch.setattr("mixlm.data.squad.read_squad", None)
     monkeypatch.setattr("mixlm.retrieval.index.open_index", None)
-    assert message in error_of(capsys, *ASK, *options)
+    assert message in error_of(capsys, *ASK, *(option.format(here=folder.name) for option in options))
     assert sorted(folder.iterdir()) == before
+
+
+def test_an_index_that_cannot_be_written_is_told_before_anything_is_read(folder, capsys, monkeypatch):
+    def read_only(**options):
+        raise OSError(errno.EROFS, "Read-only file system", "index")
+
+    usual_questions()
+    monkeypatch.setattr("mixlm.retrieval.index.TemporaryFile", read_only)
+    use_reader(monkeypatch, reader := StubReader())
+    error = error_of(capsys, *ASK, "--questions", "squad.json", "--tune")
+    assert "index: nothing can be stored in it (index: Read-only file system)" in error and not reader.read_texts
+    main([*ASK, "--questions", "squad.json"])  # which stores nothing
+    assert reader.read_texts
 
 
 @pytest.mark.parametrize(
@@ -260,6 +286,8 @@ def test_wrong_options_are_one_line_before_anything_is_read(folder, capsys, monk
         (["--questions", "absent.json"], "absent.json: no such file"),
         (["--articles", "9:"], 'articles "9:": no question is in this range'),
         (["--mode", "hybrid"], "has no vectors to search by"),
+        (["--model", "retriever"], "--model retriever: is for search by vectors, and this is lexical; leave it out"),
+        (["--model", "retriever", "--mode", "lexical"], "--model retriever: is for search by vectors"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(folder, capsys, options, message):

@@ -86,6 +86,9 @@ def test_bad_input_is_one_line_and_leaves_nothing(folder, capsys):
     assert "--query: character 1 is no text" in error_of(capsys, *search, "--query", "x\udcff")
     assert "no such folder" in error_of(capsys, *search, "--queries", "questions.jsonl", "--out", "absent/hits.trec")
     assert "not a whole index" in error_of(capsys, "search", "--index", "absent", "--query", "x")
+    over = ["--queries", "questions.jsonl", "--out", "questions.jsonl"]
+    assert "--out questions.jsonl: is what --queries reads" in error_of(capsys, *search, *over)
+    assert "--model x: is for search by vectors" in error_of(capsys, *search, "--query", "x", "--model", "x")
     assert sorted(folder.iterdir()) == before
 
 

@@ -227,22 +227,63 @@ def test_no_threshold_is_better_than_the_one_that_is_chosen(asked, null_score):
     assert all(score < scores[best] for choice, score in scores.items() if choice.weight < best.weight)
 
 
-def test_a_stored_choice_is_of_its_index_and_its_reader(tmp_path):
+class SearchOf:
+    """Finds nothing, in the three ways in which an index can be searched."""
+
+    def __init__(self, index):
+        self.finds = {"lexical": index.find, "dense": self.dense, "hybrid": self.hybrid}
+
+    def dense(self, questions, top_k):
+        return iter(())
+
+    def hybrid(self, questions, top_k):
+        return iter(())
+
+
+def test_a_stored_choice_is_of_what_it_was_tuned_under(tmp_path):
     build_index(PASSAGES, tmp_path / "index", BigramAnalyser())
-    answering = OpenQA(open_index(tmp_path / "index"), StubReader(seed=0))
-    assert answering.choice == Choice()
+
+    def opened(mode="hybrid", reader=None, **options):
+        index = open_index(tmp_path / "index")
+        return OpenQA(index, reader or StubReader(), SearchOf(index).finds[mode], **options)
+
+    answering = opened(top_k=5)
+    assert (answering.choice, answering.unused) == (Choice(), None)  # nothing is stored
+    answering.index.store_tuning("hybrid", {"weight": 0.5})
     answering.store(Choice(8.0, 1.5), f1=66.66666)
     assert answering.choice == Choice(8.0, 1.5)
-
-    def opened(reader, **options):
-        return OpenQA(open_index(tmp_path / "index"), reader, **options).choice
-
-    assert opened(StubReader(seed=0)) == Choice(8.0, 1.5)
-    assert opened(StubReader(seed=1)) == Choice()  # other weights
-    assert opened(StubReader(seed=0), choice=Choice(0.0)) == Choice(0.0)
     assert open_index(tmp_path / "index").manifest["answers"]["f1"] == 66.6667
+
+    same = opened(top_k=5)
+    assert (same.choice, same.unused) == (Choice(8.0, 1.5), None)
+    assert opened(top_k=5, choice=Choice(0.0)).choice == Choice(0.0)
+    for other, why in [
+        (opened(top_k=6), "top_k is 5 there and 6 now"),
+        (opened("dense", top_k=5), "mode is hybrid there and dense now"),
+        (opened("lexical", top_k=5), "mode is hybrid there and lexical now"),
+        (opened(top_k=5, reader=StubReader(seed=1)), "reader is "),  # other weights
+        (opened(top_k=5, reader=StubReader(null_score=1.0)), "unanswerable is False there and True now"),
+    ]:
+        assert other.choice == Choice() and other.unused.startswith(
+            f"what is tuned in {tmp_path / 'index'} is not used, because {why}"
+        )
+    same.index.store_tuning("hybrid", {"weight": 0.7})
+    retuned = opened(top_k=5)
+    assert retuned.choice == Choice() and "hybrid_weight is 0.5 there and 0.7 now" in retuned.unused
+
+    answering = opened("dense", top_k=5)
     answering.store(Choice(1.0), f1=50.0)
-    assert opened(StubReader(seed=0)) == Choice(1.0, None)
+    answering.index.store_tuning("hybrid", {"weight": 0.9})  # is nothing to search by vectors alone
+    assert opened("dense", top_k=5).choice == Choice(1.0, None)
+
+
+def test_several_indexes_have_no_choice_of_one(tmp_path):
+    build_index(PASSAGES, tmp_path / "index", BigramAnalyser())
+    index = open_index(tmp_path / "index")
+    OpenQA(index, StubReader(), SearchOf(index).dense).store(Choice(8.0), f1=50.0)
+    several = SimpleNamespace(folder=index.folder, manifest=index.manifest, passages=[*index.passages] * 2)
+    answering = OpenQA(several, StubReader(), SearchOf(index).dense)
+    assert answering.choice == Choice() and "passages is 4 there and 8 now" in answering.unused
 
 
 def test_a_real_reader_over_a_real_index(built, tmp_path):

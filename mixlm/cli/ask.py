@@ -7,7 +7,7 @@ import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError, one_line
 from .finding import (
@@ -16,11 +16,14 @@ from .finding import (
     open_find,
     open_indexes,
     require_json_lines,
+    require_outside,
     text_of,
 )
 from .tables import table
 
 if TYPE_CHECKING:
+    from ..data.squad import ReadingExample
+    from ..evaluation.open_qa import JudgedAnswer
     from ..open_qa import Candidate, OpenAnswer, OpenQA
 
 _SHOWN_AROUND = 80  # characters of a passage on either side of an answer
@@ -73,7 +76,7 @@ def add_answering_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def open_answering(arguments: argparse.Namespace) -> "OpenQA":
-    """Open the index, the encoder that it needs, and the reader."""
+    """Open the index, the encoder that it needs, and the reader; say where what is tuned for others is not used."""
     _require_top_k(arguments)
     from transformers.utils.logging import disable_progress_bar
 
@@ -83,7 +86,10 @@ def open_answering(arguments: argparse.Namespace) -> "OpenQA":
     disable_progress_bar()
     index = open_indexes(arguments)
     find = open_find(index, arguments)
-    return OpenQA(index, MixLMReader.from_pretrained(arguments.reader), find, arguments.top_k)
+    answering = OpenQA(index, MixLMReader.from_pretrained(arguments.reader), find, arguments.top_k)
+    if answering.unused is not None:
+        print(f"note: {answering.unused}; to choose anew: mixlm ask --questions FILE --tune", file=sys.stderr)
+    return answering
 
 
 def ask_verb(arguments: argparse.Namespace) -> None:
@@ -102,6 +108,7 @@ def ask_verb(arguments: argparse.Namespace) -> None:
     else:
         if arguments.out is not None:
             require_json_lines(arguments.out, "answers")
+            require_outside(arguments.out, "questions", arguments.questions)
         _answer_file(arguments)
 
 
@@ -122,6 +129,8 @@ def _answer_file(arguments: argparse.Namespace) -> None:
     if arguments.articles is not None:
         examples = select_articles(examples, arguments.articles)
     answering = open_answering(arguments)
+    if arguments.tune:
+        answering.index.require_tunable()
     passages = list(answering.read([example.question for example in examples]))
     metric = usual_metric([example.context for example in examples])
     score = ANSWER_SCORES[metric]
@@ -146,26 +155,33 @@ def _answer_file(arguments: argparse.Namespace) -> None:
         for example, each, answer in zip(examples, passages, answers, strict=True)
     ]
     if arguments.out is not None:
-        records = zip(examples, answers, judged, strict=True)
         write_text(
             arguments.out,
             (
-                json.dumps({"id": example.id, **answer.record(example.question), **asdict(each)}, ensure_ascii=False)
-                + "\n"
-                for example, answer, each in records
+                json.dumps(_judged_record(*of_question), ensure_ascii=False) + "\n"
+                for of_question in zip(examples, answers, judged, strict=True)
             ),
         )
     metrics = open_qa_metrics(judged, arguments.top_k)
     if arguments.json:
         print(json.dumps({"questions": len(examples), "metric": metric, **asdict(answering.choice), **metrics}))
         return
+    answerable = sum(each.is_answerable for each in judged)
     remarks = {
         "exact_match": f"% of {len(examples):,} questions, as {metric} has it",
+        "f1": "%",
         "fault_of_retriever": "%: no passage has an answer in its text",
         "fault_of_reader": "%: one has, and the right answer was read in none",
         "fault_of_choice": "%: the right answer was read, or none is right, and another was given",
     }
-    print(table([(name, f"{value:.2f}", remarks.get(name, "%")) for name, value in metrics.items()]))
+    of_hits = f"% of {answerable:,} questions that have an answer"
+    print(table([(name, f"{value:.2f}", remarks.get(name, of_hits)) for name, value in metrics.items()]))
+
+
+def _judged_record(example: "ReadingExample", answer: "OpenAnswer", judged: "JudgedAnswer") -> dict[str, Any]:
+    """All about a question, as JSON has it."""
+    references = {"references": example.answer_texts}
+    return {"id": example.id, **answer.record(example.question), **references, **asdict(judged)}
 
 
 def _print_answer(question: str, answer: "OpenAnswer", as_json: bool) -> None:

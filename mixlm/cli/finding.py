@@ -56,10 +56,17 @@ def open_indexes(arguments: argparse.Namespace) -> "Index | ShardedIndex":
 
 
 def mode_of(index: "Index | ShardedIndex", arguments: argparse.Namespace) -> str:
-    """How to search: as --mode says, or as well as the index allows."""
+    """How to search: as --mode says, or as well as the index allows.
+
+    Raises:
+        UserError: there is a --model, and nothing for it to do.
+    """
     if len(arguments.index) > 1:
         return "dense"
-    return arguments.mode or ("lexical" if index.dense is None else "hybrid")
+    mode = arguments.mode or ("lexical" if index.dense is None else "hybrid")
+    if mode == "lexical" and arguments.model is not None:
+        raise UserError(f"--model {arguments.model}: is for search by vectors, and this is lexical; leave it out")
+    return mode
 
 
 def open_find(index: "Index | ShardedIndex", arguments: argparse.Namespace) -> "Find":
@@ -99,6 +106,12 @@ def require_json_lines(out: Path, content: str) -> None:
         raise UserError(f"--out {out}: no such folder; make it first")
     if out.exists() and not out.is_file():
         raise UserError(f"--out {out}: is no file; use another name")
+
+
+def require_outside(out: Path, name: str, questions: Path) -> None:
+    """Raise UserError where --out is the file, or lies in the folder, that is given as --NAME."""
+    if questions.resolve() in (out.resolve(), *out.resolve().parents):
+        raise UserError(f"--out {out}: is what --{name} reads, or lies in it; use another name")
 
 
 def text_of(name: str, text: str) -> str:

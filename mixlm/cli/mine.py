@@ -8,7 +8,15 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..errors import UserError
-from .finding import add_index_arguments, add_mode_argument, mode_of, open_find, open_indexes, require_json_lines
+from .finding import (
+    add_index_arguments,
+    add_mode_argument,
+    mode_of,
+    open_find,
+    open_indexes,
+    require_json_lines,
+    require_outside,
+)
 
 
 def add_mine_parser(subparsers) -> None:
@@ -18,8 +26,8 @@ def add_mine_parser(subparsers) -> None:
         help="find hard negatives to train a retriever with",
         description=(
             "Search for the questions of a SQuAD-style file and write the passages that are found and do not answer "
-            "them, for run_ict.py --hard_negatives. A passage with an answer in its text is left out: it may be right "
-            "although the question is about another one."
+            "them, for run_ict.py --hard_negatives. A passage with an answer in its title or text is left out: it may "
+            "be right although the question is about another one."
         ),
         epilog=(
             "example:\n  mixlm mine --index index --questions KorQuAD.json --articles 0:110 --out negatives.jsonl\n"
@@ -47,6 +55,7 @@ def mine_verb(arguments: argparse.Namespace) -> None:
             f"--per_question {arguments.per_question}: must be from 1 to --depth, which is {arguments.depth}"
         )
     require_json_lines(arguments.out, "negatives")
+    require_outside(arguments.out, "questions", arguments.questions)
     from ..data.squad import read_squad, select_articles
     from ..data.text_files import write_text
     from ..retrieval.mining import hard_negatives

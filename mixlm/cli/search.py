@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError, one_line
-from .finding import add_index_arguments, add_mode_argument, mode_of, open_indexes, open_search, text_of
+from .finding import (
+    add_index_arguments,
+    add_mode_argument,
+    mode_of,
+    open_indexes,
+    open_search,
+    require_outside,
+    text_of,
+)
 from .index import add_window_argument
 from .tables import table
 
@@ -129,6 +137,8 @@ def search_verb(arguments: argparse.Namespace) -> None:
         raise UserError("--json is for --query; leave it out, and let the name of --out end in .jsonl")
     if out is not None and not out.parent.is_dir():
         raise UserError(f"--out {out}: no such folder; make it first")
+    if out is not None:
+        require_outside(out, "queries", arguments.queries)
     from tqdm import tqdm
 
     from ..data.text_files import plain_suffix, write_text
@@ -183,6 +193,7 @@ def tune_verb(arguments: argparse.Namespace) -> None:
     if len(arguments.index) > 1:
         raise UserError("--index: the weight is stored in an index; give one")
     index = open_index(arguments.index[0])
+    index.require_tunable()
     scores = open_search(index, arguments).tune(queries, qrels)
     weight = best_weight(scores)
     index.store_tuning("hybrid", {"weight": weight, "mrr@10": round(scores[weight], 4)})

@@ -1,8 +1,9 @@
 """How good answers from a collection are, and whose errors the wrong ones are."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from .reading import NOTHING_RIGHT, AnswerScore
 from .retrieval import folded
@@ -20,12 +21,14 @@ class JudgedAnswer:
         fault: whose error a wrong answer is. The retriever's: no passage has an answer in its text. The reader's: one
             has, and of no passage the right answer was read. Of the choice among them: of one it was, and another
             answer, or none, was given; also where there is no answer and one was given. None: it is right.
+        is_answerable: whether there are references, and not "no answer" is right.
     """
 
     exact_match: float
     f1: float
     first_hit: int | None
     fault: Fault | None
+    is_answerable: bool = True
 
 
 def score_open_answer(
@@ -60,29 +63,27 @@ def judge_answer(
     if not exact_match:
         was_read = any(score(read, references).exact_match for _, read in candidates)
         fault = "choice" if was_read or not references else "reader" if first_hit else "retriever"
-    return JudgedAnswer(exact_match, f1, first_hit, fault)
+    return JudgedAnswer(exact_match, f1, first_hit, fault, is_answerable=bool(references))
 
 
 def open_qa_metrics(judged: Sequence[JudgedAnswer], top_k: int) -> dict[str, float]:
-    """The means over all questions, in percent: `exact_match`, `f1`, `hits@k` (an answer is in the text of one of the
-    first k passages; of a question without answers it never is), and the share of the questions that is the fault of
-    each part.
+    """Means over all questions, in percent: `exact_match`, `f1`, and the share that is the fault of each part.
+
+    Over those that have an answer, if there are any, also `hits@k`: it is in the text of one of the first k passages.
 
     Args:
         judged: at least one.
         top_k: how many passages were read.
     """
 
-    def percent(values) -> float:
-        return 100 * sum(values) / len(judged)
+    def percent(values: Sequence[float]) -> float:
+        return 100 * sum(values) / len(values)
 
-    cutoffs = sorted({cutoff for cutoff in (1, 5, 10, 20) if cutoff < top_k} | {top_k})
+    ranks = [each.first_hit or math.inf for each in judged if each.is_answerable]
+    cutoffs = sorted({cutoff for cutoff in (1, 5, 10, 20) if cutoff < top_k} | {top_k}) if ranks else []
     return {
-        "exact_match": percent(each.exact_match for each in judged),
-        "f1": percent(each.f1 for each in judged),
-        **{
-            f"hits@{cutoff}": percent(each.first_hit is not None and each.first_hit <= cutoff for each in judged)
-            for cutoff in cutoffs
-        },
-        **{f"fault_of_{part}": percent(each.fault == part for each in judged) for part in Fault.__args__},
+        "exact_match": percent([each.exact_match for each in judged]),
+        "f1": percent([each.f1 for each in judged]),
+        **{f"hits@{cutoff}": percent([rank <= cutoff for rank in ranks]) for cutoff in cutoffs},
+        **{f"fault_of_{part}": percent([each.fault == part for each in judged]) for part in get_args(Fault)},
     }

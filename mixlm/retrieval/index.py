@@ -12,6 +12,7 @@ that are added, changed or removed need a new one; their vectors, which cost mos
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
@@ -69,6 +70,14 @@ class Index:
     def find(self, questions: Sequence[str], top_k: int) -> Iterator[Found]:
         """The best passages for each question by common terms alone."""
         return map(Found, self.lexical.search(questions, top_k))
+
+    def require_tunable(self) -> None:
+        """Raise UserError where `store_tuning` could not write; to be asked before the work of tuning."""
+        try:
+            with TemporaryFile(dir=self.folder):
+                pass
+        except OSError as error:
+            raise UserError(f"{self.folder}: nothing can be stored in it ({file_error(error)})") from error
 
     def store_tuning(self, of: str, tuning: dict[str, Any]) -> None:
         """Write how something is done with this index into its manifest.

@@ -14,10 +14,10 @@ def hard_negatives(
 ) -> Iterator[tuple[ReadingExample, list[Passage]]]:
     """The best passages for each question that are no answer to it.
 
-    A passage that has an answer in its text is left out, whichever passage the question is about: it may well be right
-    (Karpukhin et al., "Dense Passage Retrieval for Open-Domain Question Answering", 2020, section 4.2). So is the
-    question's own text, and all but the first of equal texts. Of a question without answers, which of the others might
-    be right is not known.
+    A passage that has an answer in its title or text, in upper or lower case, is left out, whichever passage the
+    question is about: it may well be right (Karpukhin et al., "Dense Passage Retrieval for Open-Domain Question
+    Answering", 2020, section 4.2). So is the question's own text, and all but the first of equal texts. Of a question
+    without answers, which of the others might be right is not known.
 
     Args:
         examples: the questions.
@@ -26,12 +26,13 @@ def hard_negatives(
         per_question: most negatives of a question, the best hits first.
     """
     for example, of_question in zip(examples, found, strict=True):
-        answers = [folded(text) for text in example.answer_texts]
+        answers = [folded(text).casefold() for text in example.answer_texts]
         seen, chosen = {folded(example.context)}, []
         for hit in of_question.hits:
             passage = passages[hit.row]
             text = folded(passage.text)
-            if text not in seen and not any(answer in text for answer in answers):
+            parts = (folded(passage.title).casefold(), text.casefold())
+            if text not in seen and not any(answer in part for part in parts for answer in answers):
                 chosen.append(passage)
             seen.add(text)
             if len(chosen) == per_question:

@@ -263,6 +263,18 @@ class _ThisProcess(Executor):
         return future
 
 
+class _OtherProcesses(ProcessPoolExecutor):
+    """Processes that Ctrl-C does not reach, from their first moment on: it is for this one, which will end them."""
+
+    def submit(self, function: Callable, /, *arguments: Any) -> Future:
+        # Here they are started, and they begin with the signals blocked that are blocked here.
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        try:
+            return super().submit(function, *arguments)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
 @contextmanager
 def _encoding_processes(processes: int, model: str, batch_size: int) -> Iterator[Executor]:
     """What `_encode` is given to. A single one is this process itself. After an error nobody waits for the others."""
@@ -276,7 +288,7 @@ def _encoding_processes(processes: int, model: str, batch_size: int) -> Iterator
         numbers.put(number)
     threads = max(1, torch.get_num_threads() // processes)
     others = multiprocessing.active_children()
-    pool = ProcessPoolExecutor(processes, context, _begin_worker, (model, batch_size, numbers, threads))
+    pool = _OtherProcesses(processes, context, _begin_worker, (model, batch_size, numbers, threads))
     try:
         yield pool
     except BaseException:
@@ -301,7 +313,6 @@ def _begin(model: str, batch_size: int, number: int) -> None:
 
 def _begin_worker(model: str, batch_size: int, numbers: "multiprocessing.Queue[int]", threads: int) -> None:
     """What a process of several begins with."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that has begun this one, and will end it
     Thread(target=_end_with_parent, daemon=True).start()
     disable_progress_bar()  # of loading weights
     torch.set_num_threads(threads)

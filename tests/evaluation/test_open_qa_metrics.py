@@ -56,9 +56,9 @@ def test_the_best_of_several_references_counts():
 
 
 def test_a_question_without_an_answer():
-    assert judged("", [RIGHT], ()) == JudgedAnswer(1, 1, None, None)
-    assert judged("", [], ()) == JudgedAnswer(1, 1, None, None)
-    assert judged("1443년", [RIGHT], ()) == JudgedAnswer(0, 0, None, "choice")
+    assert judged("", [RIGHT], ()) == JudgedAnswer(1, 1, None, None, is_answerable=False)
+    assert judged("", [], ()) == JudgedAnswer(1, 1, None, None, is_answerable=False)
+    assert judged("1443년", [RIGHT], ()) == JudgedAnswer(0, 0, None, "choice", is_answerable=False)
     assert score_open_answer("", (), score_korquad_v1) == (1, 1)
     assert score_open_answer(".", (), score_korquad_v1) == (0, 0)  # an answer, though the metric sees none in it
     assert score_open_answer("", ("1443년",), score_korquad_v1) == (0, 0)
@@ -94,6 +94,13 @@ def test_metrics_are_means_in_percent():
         }
     )
     assert list(metrics)[:5] == ["exact_match", "f1", "hits@1", "hits@5", "hits@8"]
+
+
+def test_hits_are_of_questions_that_have_an_answer():
+    unanswerable = JudgedAnswer(1, 1, None, None, is_answerable=False)
+    metrics = open_qa_metrics([JudgedAnswer(1, 1, 1, None), JudgedAnswer(0, 0, None, "retriever"), unanswerable], 1)
+    assert metrics["hits@1"] == 50 and metrics["exact_match"] == pytest.approx(200 / 3)
+    assert "hits@1" not in open_qa_metrics([unanswerable], top_k=1)
 
 
 @pytest.mark.parametrize(("top_k", "cutoffs"), [(1, [1]), (5, [1, 5]), (10, [1, 5, 10]), (50, [1, 5, 10, 20, 50])])

@@ -43,6 +43,17 @@ def test_what_answers_the_question_is_no_negative():
     assert mined([example("없음")], [2, 5, 3, 6]) == [["answer", "day", "king", "school"]]
 
 
+def test_an_answer_is_looked_for_in_titles_too_and_in_either_case():
+    passages = [
+        Passage("title", "ISO 639", "한국어는 ko이다."),
+        Passage("text", "", "iso  639는 언어의 부호이다."),
+        Passage("across", "ISO", "639번지에 산다."),  # the end of a title and the beginning of a text are apart
+        Passage("street", "Straße", "길이다."),
+    ]
+    assert mined([example("Iso 639")], [0, 1, 2, 3], passages=passages) == [["across", "street"]]
+    assert mined([example("STRASSE")], [0, 3], passages=passages) == [["title"]]
+
+
 def test_nor_is_its_own_text_under_whichever_title():
     assert mined([example("없음")], [1, 6, 0, 5]) == [["school", "day"]]
     assert mined([example("없음", context="other")], [1, 6, 0]) == [["own-again", "school"]]
@@ -121,6 +132,8 @@ def error_of(capsys, *arguments):
         (["--out", "negatives.gz"], "name it .jsonl"),
         (["--out", "absent/negatives.jsonl"], "--out absent/negatives.jsonl: no such folder"),
         (["--out", "folder.jsonl"], "--out folder.jsonl: is no file"),
+        (["--out", "q.jsonl", "--questions", "q.jsonl"], "--out q.jsonl: is what --questions reads, or lies in it"),
+        (["--out", "x.jsonl", "--questions", "."], "--out x.jsonl: is what --questions reads, or lies in it"),
         (["--out", "x.jsonl", "--per_question", "0"], "--per_question 0: must be from 1 to --depth, which is 50"),
         (["--out", "x.jsonl", "--per_question", "3", "--depth", "2"], "--per_question 3"),
     ],
@@ -141,6 +154,7 @@ def test_what_is_wrong_is_said_before_anything_is_read(folder, capsys, monkeypat
         (["--questions", "absent.json"], "absent.json: no such file"),
         (["--articles", "7:"], 'articles "7:": no question is in this range'),
         (["--mode", "dense"], "has no vectors to search by"),
+        (["--model", "retriever"], "--model retriever: is for search by vectors, and this is lexical; leave it out"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(folder, capsys, options, message):

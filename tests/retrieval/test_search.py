@@ -221,8 +221,8 @@ class TestVerbs:
         assert "new-vectors: the vectors of 7 passages" in out and "7 passages: new\n" in out
         assert "100.0% of the 10 nearest are found" in out
         for mode in ("dense", "hybrid", "lexical"):
-            asked = f"search --index new --model {retriever} --queries questions.jsonl --top_k 50 --mode {mode}"
-            main([*asked.split(), "--out", f"{mode}.trec"])
+            asked = f"search --index new --queries questions.jsonl --top_k 50 --mode {mode} --out {mode}.trec".split()
+            main(asked if mode == "lexical" else [*asked, "--model", retriever])
             assert f"{mode} hits of 4 questions" in capsys.readouterr().out
         dense, hybrid, lexical = (read_run(folder / f"{mode}.trec") for mode in ("dense", "hybrid", "lexical"))
         assert all(len(dense[number]) == len(hybrid[number]) == 7 for number in "0123") and "3" not in lexical

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import numpy as np
 import psutil
@@ -239,11 +240,11 @@ def test_a_damaged_manifest_is_refused(encode, passages, tmp_path):
 
 
 def test_a_process_that_dies_is_one_line(passages, retriever, tmp_path, monkeypatch):
-    class Broken(module.ProcessPoolExecutor):
+    class Broken(module._OtherProcesses):
         def submit(self, *arguments):
             raise module.BrokenExecutor
 
-    monkeypatch.setattr(module, "ProcessPoolExecutor", Broken)
+    monkeypatch.setattr(module, "_OtherProcesses", Broken)
     with pytest.raises(UserError, match="without enough memory; use a smaller --batch_size or fewer --processes"):
         encode_passages(passages, retriever, tmp_path / "vectors", processes=2)
 
@@ -301,6 +302,29 @@ def test_processes_end_with_the_one_that_has_begun_them(retriever, tmp_path, num
     assert list(vectors.glob("shard-*"))
 
 
+def test_ctrl_c_does_not_reach_processes_that_are_beginning(retriever, tmp_path):
+    """A terminal sends it to all of them; one that is still importing would say so in a traceback."""
+    passages = (json.dumps({"id": f"{number}", "text": f"섬 {number}"}) for number in range(2))
+    (tmp_path / "passages.jsonl").write_text("\n".join(passages))
+    options = ["--model", retriever, "--passages", "passages.jsonl", "--out", "vectors", "--processes", "2"]
+    with subprocess.Popen(
+        [sys.executable, "-c", "from mixlm.cli import main; main()", "encode", *options],
+        cwd=tmp_path, stderr=subprocess.PIPE, text=True,
+    ) as program:  # fmt: skip
+        begun = []
+        while not begun:
+            with suppress(psutil.Error):  # of short-lived ones
+                begun = [
+                    each for each in psutil.Process(program.pid).children() if "spawn_main" in str(each.cmdline())
+                ]
+        for seconds in (0.3, 0.6):  # of the several that importing torch takes
+            while begun[0].cpu_times().user < seconds:
+                time.sleep(0.01)
+            begun[0].send_signal(signal.SIGINT)
+        program.send_signal(signal.SIGINT)
+        assert (program.stderr.read(), program.wait(60)) == ("interrupted\n", 130)
+
+
 def test_processes_share_the_threads(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     given = []
@@ -312,7 +336,7 @@ def test_processes_share_the_threads(monkeypatch):
         def shutdown(self, **options):
             pass
 
-    monkeypatch.setattr(module, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(module, "_OtherProcesses", Pool)
     for processes in (3, 16):
         with module._encoding_processes(processes, "model", 1):
             pass
