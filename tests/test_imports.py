@@ -13,7 +13,7 @@ MODEL_CODE = ("configuration", "heads", "kernels", "modeling_mixlm", "modeling_s
 # Layers, top to bottom; a module imports from its own layer and from lower ones.
 LAYERS = [
     {"cli"},
-    {"profiling", "planning", "probing", "open_qa", "serving"},
+    {"profiling", "planning", "probing", "open_qa", "serving", "exporting"},
     {"training", "retrieval"},
     {"evaluation", "reader", "encoder"},
     {"data", "tokenization", "conversion", "loading", "hub"},

@@ -11,6 +11,7 @@ from itertools import takewhile
 from ..errors import UserError, exits_on_user_error
 from .ask import add_ask_parser
 from .costs import add_plan_parser, add_profile_parser
+from .export import add_export_parser
 from .index import add_encode_parser, add_index_parser
 from .mine import add_mine_parser
 from .models import add_convert_parser, add_fill_mask_parser, add_read_parser
@@ -74,5 +75,6 @@ def main(argv: list[str] | None = None) -> None:
     add_plan_parser(subparsers)
     add_verify_engines_parser(subparsers)
     add_convert_parser(subparsers)
+    add_export_parser(subparsers)
     arguments = parser.parse_args(argv)
     arguments.run(arguments)
