@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, HTTPError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, RemoteEntryNotFoundError
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars, logging, validate_repo_id
 from transformers.dynamic_module_utils import get_relative_import_files
 
@@ -36,6 +36,10 @@ _ADVICE = {
 }
 
 
+class HubError(UserError):
+    """The Hub did not do what it was asked; another time it may."""
+
+
 def require_repository_name(name: str, argument: str) -> None:
     """Raise UserError unless `name`, the value of `argument`, is USER/NAME as the Hub allows it."""
     try:
@@ -49,12 +53,22 @@ def require_repository_name(name: str, argument: str) -> None:
         )
 
 
-def require_access() -> None:
+def require_token() -> None:
     """Raise UserError where it is clear without asking the Hub that nothing can be pushed."""
     if constants.HF_HUB_OFFLINE:
         raise UserError("HF_HUB_OFFLINE is set, and a push needs the Hub; unset it")
     if get_token() is None:
         raise UserError("no token for the Hub; log in with hf auth login, or set HF_TOKEN")
+
+
+def require_access(argument: str) -> None:
+    """Raise UserError unless the Hub can be reached and takes the token; `argument` is what needs that."""
+    require_token()
+    try:
+        with _hub_errors(argument):
+            HfApi().whoami()
+    except HubError as error:
+        raise HubError(f"{error}; or leave it out, and push the finished model with mixlm push") from error
 
 
 def open_repository(name: str, private: bool) -> None:
@@ -65,9 +79,10 @@ def open_repository(name: str, private: bool) -> None:
         private: nobody else shall see it.
 
     Raises:
-        UserError: the Hub does not let it, or cannot be reached; it is public and must not be.
+        HubError: the Hub does not let it, or cannot be reached.
+        UserError: there is no token; it is public and must not be.
     """
-    require_access()
+    require_token()
     with _hub_errors(name):
         HfApi().create_repo(name, private=private or None, exist_ok=True)
         if private and not HfApi().model_info(name).private:
@@ -109,12 +124,12 @@ def card_on_hub(name: str) -> str | None:
     """The README.md of a repository, if it has one.
 
     Raises:
-        UserError: the Hub does not give it.
+        HubError: it does not give it.
     """
     with _hub_errors(name), TemporaryDirectory() as folder:
         try:
             return Path(HfApi().hf_hub_download(name, CARD_FILE, local_dir=folder)).read_text("utf-8")
-        except EntryNotFoundError:
+        except RemoteEntryNotFoundError:  # that the Hub cannot be reached is another one
             return None
 
 
@@ -132,7 +147,7 @@ def push_files(folder: Path, files: list[str], name: str, message: str, quiet: b
         whether anything has changed there.
 
     Raises:
-        UserError: it failed; there is what was there before.
+        HubError: it failed; there is what was there before.
     """
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # that nothing has changed is said by the caller
@@ -158,11 +173,11 @@ def push_files(folder: Path, files: list[str], name: str, message: str, quiet: b
 
 @contextmanager
 def _hub_errors(name: str) -> Iterator[None]:
-    """Within it, what goes wrong with the Hub is a UserError: it has many classes."""
+    """Within it, what goes wrong with the Hub is a HubError about `name`: it has many classes."""
     try:
         yield
     except (HTTPError, OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{name}: {_cause(error)}") from error
+        raise HubError(f"{name}: {_cause(error)}") from error
 
 
 def _cause(error: Exception) -> str:

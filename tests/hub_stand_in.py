@@ -27,6 +27,7 @@ class HubStandIn:
         commits: repository -> the paths of its commits, in their order.
         objects: large files by their hash, also those that no commit names yet.
         arrived: the hashes of large files that were sent, in their order.
+        requests: "POST /api/repos/create" and so on, in their order.
         refusals: what is answered to some requests; see `refuse`.
     """
 
@@ -36,6 +37,7 @@ class HubStandIn:
         self.commits: dict[str, list[list[str]]] = {}
         self.objects: dict[str, bytes] = {}
         self.arrived: list[str] = []
+        self.requests: list[str] = []
         self.refusals: list[tuple[str, int]] = []
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
@@ -64,6 +66,19 @@ class HubStandIn:
                     del self.refusals[number]
                 return status
         return 0
+
+    def use_here(self, monkeypatch) -> None:
+        """Let this very process use it until the end of the test."""
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        # What huggingface_hub has read from the environment when it was imported.
+        constants = {
+            "ENDPOINT": self.url,
+            "HUGGINGFACE_CO_URL_TEMPLATE": self.url + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_OFFLINE": False,
+            "HF_HUB_DISABLE_XET": True,
+        }
+        for name, value in constants.items():
+            monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
 
     def __enter__(self) -> "HubStandIn":
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
@@ -130,6 +145,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     # (method, path) -> the method below that answers; the groups of the path are its arguments.
     routes = (
+        ("GET", r"/api/whoami-v2", "who"),
         ("POST", r"/api/repos/create", "create"),
         ("POST", r"/api/validate-yaml", "validate_card"),
         ("POST", r"/api/models/([^/]+/[^/]+)/preupload/.+", "before_upload"),
@@ -145,11 +161,12 @@ class _Handler(BaseHTTPRequestHandler):
     def respond(self) -> None:
         self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         path = unquote(urlsplit(self.path).path)
-        if status := self.hub.answer_instead(f"{self.command} {path}"):
+        self.hub.requests.append(f"{self.command} {path}")
+        if status := self.hub.answer_instead(self.hub.requests[-1]):
             return self.refuse("", "the stand-in was told to refuse this", status)
         method = "GET" if self.command == "HEAD" else self.command
         is_known = self.headers.get("Authorization") == f"Bearer {TOKEN}"
-        if method == "POST" and not is_known:
+        if (method == "POST" or path == "/api/whoami-v2") and not is_known:
             return self.refuse("", "Invalid username or password.", 401)
         for route_method, pattern, name in self.routes:
             match = re.fullmatch(pattern, path)
@@ -163,12 +180,15 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_GET = do_HEAD = do_POST = do_PUT = respond
 
+    def who(self) -> None:
+        self.answer({"type": "user", "name": "someone"})
+
     def create(self) -> None:
         wanted = json.loads(self.body)
         name = f"{wanted.get('organization') or 'someone'}/{wanted['name']}"
         exists = name in self.hub.repositories
         self.hub.repositories.setdefault(name, {})
-        if wanted.get("private") and not exists:
+        if wanted.get("visibility") == "private" and not exists:
             self.hub.private.add(name)
         self.answer({"url": f"{self.hub.url}/{name}", "name": name}, 409 if exists else 200)
 

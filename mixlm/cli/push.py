@@ -3,8 +3,6 @@
 import argparse
 from pathlib import Path
 
-from ..errors import UserError
-
 
 def add_push_parser(subparsers) -> None:
     """Add `mixlm push`."""
@@ -32,15 +30,15 @@ def add_push_parser(subparsers) -> None:
 
 def push_verb(arguments: argparse.Namespace) -> None:
     """`mixlm push`."""
-    from ..hub import require_repository_name
+    from ..hub import HubError, require_repository_name
     from ..training.publishing import command_to_push, publish
 
     folder, name = arguments.folder, arguments.name
     require_repository_name(name, "USER/NAME")
     try:
         notes = publish(folder, name, arguments.private, arguments.license)
-    except UserError as error:
+    except HubError as error:
         again = command_to_push(folder, name, arguments.private, arguments.license)
-        raise UserError(f"{error}; then again: {again}") from error
+        raise HubError(f"{error}; nothing here is lost, push again with: {again}") from error
     for note in notes:
         print(note)

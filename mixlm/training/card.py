@@ -39,7 +39,7 @@ class Head:
         pipeline_tag: the Hub's name of the task.
         what: the model is.
         use: what it is for.
-        limits: of it in particular.
+        limits: what it does not do.
         example: code that needs transformers alone; NAME, MASKED, QUESTION, TEXT and LENGTH stand for what differs.
         own_example: the same with mixlm, where that does more.
     """
@@ -293,7 +293,7 @@ class _Card:
     def introduction(self) -> str:
         family = {"mixlm": "MixLM", "mixlm_switch": "Switch"}.get(self.config["model_type"], self.config["model_type"])
         base = self.record.get("base_model")
-        made = f", fine-tuned from {base['hub_model_id'] or base['name']}" if base else ""
+        made = f", and was fine-tuned from {base['hub_model_id'] or base['name']}" if base else ""
         unfinished = ""
         if self.step is not None:
             unfinished = (
@@ -302,14 +302,14 @@ class _Card:
             )
         return (
             f"# {self.name.partition('/')[2]}\n\n"
-            f"This is {self.head.what}, of the family {family} of mixlm, with {_parameters(self.folder):,} parameters"
-            f"{made}. {self.tongues()}{unfinished}"
+            f"This is {self.head.what}. It has {_parameters(self.folder):,} parameters, is of the family {family} of "
+            f"mixlm{made}. {self.tongues()}{unfinished}"
         )
 
     def tongues(self) -> str:
         """A sentence about the languages."""
         names = [{"ko": "Korean", "en": "English"}[language] for language in self.languages]
-        return f"Language of its training: {' and '.join(names)}." if names else ""
+        return f"It was trained on {' and '.join(names)} text." if names else ""
 
     def use(self) -> str:
         return (
@@ -410,7 +410,7 @@ def _and_articles(name: str, articles: str | None) -> str:
 
 
 def _number(value: float) -> str:
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.4f}"
+    return f"{value:,.0f}" if value == int(value) else f"{value:,.4f}"
 
 
 def _parameters(folder: Path) -> int:

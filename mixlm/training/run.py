@@ -53,7 +53,7 @@ def prepare_run(arguments: TrainingArguments) -> Accelerator:
 
     Raises:
         UserError: the folder cannot be written or belongs to an earlier run; there is no such checkpoint; the rows of
-            a step cannot be shared out among the processes; there is no token to push with.
+            a step cannot be shared out among the processes; the Hub, which is to be pushed to, does not let it.
     """
     require_checkpoint(arguments)
     start_missing_processes()
@@ -70,7 +70,7 @@ def prepare_run(arguments: TrainingArguments) -> Accelerator:
     arguments.take_precision(accelerator.mixed_precision)
     arguments.fit_effective_batch(accelerator.num_processes)
     if arguments.push_to_hub:
-        on_main_process(accelerator, require_access)
+        on_main_process(accelerator, lambda: require_access("--push_to_hub"))
     on_main_process(accelerator, lambda: _claim(folder, arguments))
     torch.manual_seed(arguments.seed)
     return accelerator
