@@ -37,6 +37,12 @@ class _EncoderConfig(PreTrainedConfig):
         "attention_probs_dropout_prob": "dropout_prob",
         "max_position_embedding": "max_position_embeddings",
     }
+    # What transformers' Trainer does not gather in an evaluation: parts of the loss, and what has other rows than the
+    # labels.
+    keys_to_ignore_at_inference = [
+        *("mlm_loss", "sop_loss", "ict_loss", "aux_loss", "prediction_logits"),
+        *("hidden_states", "attentions", "router_logits"),
+    ]
 
     vocab_size: int = 32000
     hidden_size: int = 512

@@ -66,7 +66,11 @@ class PreTrainingOutput(ModelOutput):
 
 @dataclass
 class MaskedLMOutput(ModelOutput):
-    """Output of ForMaskedLM: `logits` is [batch, length, vocabulary]; with labels [labelled tokens, vocabulary]."""
+    """Output of ForMaskedLM.
+
+    Args:
+        logits: [batch, length, vocabulary]; in training mode with labels [labelled tokens, vocabulary].
+    """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
@@ -266,6 +270,15 @@ class MaskedLMHeadAccess:
     def set_output_embeddings(self, decoder: nn.Linear) -> None:
         self.mlm_head.decoder = decoder
 
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """As in transformers, which leaves the bias of new tokens at 0; that of the others is near the logarithm of
+        how often they occur, and a new token would be the answer everywhere. It gets their mean."""
+        before = len(self.mlm_head.decoder.bias)
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        bias = self.mlm_head.decoder.bias.data
+        bias[before:] = bias[:before].mean()
+        return embeddings
+
     def predict_tokens(self, hidden: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Vocabulary logits and labels of the labelled tokens alone (6 of 7 tokens are not, and the decoder is the
         largest matrix of a small model), or the logits of all tokens where there are no labels."""
@@ -301,6 +314,8 @@ class MaskedLMHeads(MaskedLMHeadAccess, EncoderHeads):
         if labels is not None:
             mlm_loss = masked_lm_loss(logits, targets)
             loss = sum_losses(mlm_loss, encoded.aux_loss)
+            if not self.training:  # whoever evaluates pairs logits with tokens, as transformers' Trainer does
+                logits = self.mlm_head(encoded.last_hidden_state)
         return MaskedLMOutput(loss=loss, logits=logits, mlm_loss=mlm_loss, **layer_outputs(encoded))
 
 
@@ -391,6 +406,12 @@ class RetrievalHeads(EncoderHeads):
             context_embeddings=context_embeddings,
             **{**layer_outputs(encoded), "aux_loss": aux_loss},
         )
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """As in transformers; of both towers."""
+        if self.config.two_towers:
+            self.context_encoder.resize_token_embeddings(*args, **kwargs)
+        return super().resize_token_embeddings(*args, **kwargs)
 
     def embed(self, encoded: EncoderOutput, attention_mask: Tensor | None) -> Tensor:
         """The vectors of texts, [batch, hidden]."""

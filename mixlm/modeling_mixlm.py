@@ -5,6 +5,7 @@ kernel groups G (`num_heads`), feed-forward width F. What is fast about it is in
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -251,8 +252,8 @@ class EncoderLayer(GradientCheckpointingLayer):
         token_mask: Tensor | None,
         attention_mask: Tensor | None,
         kernels: Kernels,
-        attention: nn.Module,
-        feed_forward: nn.Module,
+        attention: Callable,
+        feed_forward: Callable,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """[B, L, C] -> hidden [B, L, C], raw scores to carry on, router logits (None without experts)."""
@@ -316,14 +317,17 @@ class EncoderStack(nn.Module):
         """[B, L, C] -> last hidden state [B, L, C], router logits of each layer (None without experts)."""
         scores, router_logits = None, []
         for index in range(self.num_layers):
+            # Their calls, not the modules: what offloads a model (accelerate) moves every argument that can be moved.
+            attention = self._module_of("attention", self.attentions, index).__call__
+            feed_forward = self._module_of("feed_forward", self.feed_forwards, index).__call__
             hidden, scores, logits = self._module_of("norms", self.layers, index)(
                 hidden,
                 scores,
                 token_mask,
                 attention_mask,
                 kernels,
-                self._module_of("attention", self.attentions, index),
-                self._module_of("feed_forward", self.feed_forwards, index),
+                attention,
+                feed_forward,
                 **kwargs,
             )
             router_logits.append(logits)
@@ -336,8 +340,9 @@ class MixLMPreTrainedModel(PreTrainedModel):
     config: MixLMConfig
     base_model_prefix = "encoder"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["EncoderLayer", "MixLMAttention", "MixLMFeedForward"]
+    _no_split_modules = ["EncoderStack"]  # its layers hand each other scores, and share parameters
     _supports_sdpa = True
+    accepts_loss_kwargs = False  # for `Trainer`: a loss is the mean of its own batch, whatever else a step accumulates
     # A folder may hold the weights of several heads; a model takes its own and lets the others be.
     _keys_to_ignore_on_load_unexpected = [r"^(mlm_head|sop_head|pooler|qa_outputs|context_encoder)\."]
     _can_record_outputs = {"hidden_states": EncoderLayer, "attentions": OutputRecorder(ResidualAttention, index=1)}

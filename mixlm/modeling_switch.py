@@ -178,7 +178,6 @@ class MixLMSwitchPreTrainedModel(MixLMPreTrainedModel):
     """Initialisation, loading and saving of every Switch model."""
 
     config: MixLMSwitchConfig
-    _no_split_modules = ["EncoderLayer", "SwitchAttention", "SwitchFeedForward"]
     _can_record_outputs = {"hidden_states": EncoderLayer, "attentions": OutputRecorder(ResidualAttention, index=1)}
     auto_classes = {
         "AutoConfig": "configuration.MixLMSwitchConfig",

@@ -65,8 +65,8 @@ def same(ours, theirs):
 
 class TestMaskedLM:
     @MASKED_LM
-    def test_computes_labelled_positions_alone(self, model_class):
-        model = build(model_class)
+    def test_training_computes_labelled_positions_alone(self, model_class):
+        model = build(model_class, dropout_prob=0.0).train()
         batch = random_batch(model.config, [7, 4])
         labels = sparse_labels(batch)
         everywhere = model(**batch).logits
@@ -76,6 +76,12 @@ class TestMaskedLM:
         output = model(**batch, labels=labels)
         assert computed == [((labels != -100).sum(), model.config.vocab_size)]
         same(output.logits, everywhere[labels != -100])
+
+    @MASKED_LM
+    def test_evaluation_gives_the_logits_of_all_positions(self, model_class):
+        model = build(model_class)
+        batch = random_batch(model.config, [7, 4])
+        same(model(**batch, labels=sparse_labels(batch)).logits, model(**batch).logits)
 
     @MASKED_LM
     def test_loss_and_gradient_are_those_of_all_positions(self, model_class):
@@ -116,10 +122,11 @@ class TestMaskedLM:
     def test_no_labelled_token(self, model_class):
         model = build(model_class)
         batch = random_batch(model.config, [6, 6])
-        output = model(**batch, labels=torch.full_like(batch["input_ids"], -100))
+        labels = torch.full_like(batch["input_ids"], -100)
+        output = model(**batch, labels=labels)
         assert output.mlm_loss.item() == 0
         same(output.loss, output.mlm_loss + aux(output))
-        assert output.logits.shape == (0, model.config.vocab_size)
+        assert model.train()(**batch, labels=labels).logits.shape == (0, model.config.vocab_size)
         output.mlm_loss.backward()
         for name, parameter in model.named_parameters():
             assert parameter.grad is None or (parameter.grad == 0).all(), name

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from small_models import SIZES, batch, build
 
 from mixlm import (
     MixLMForMaskedLM,
@@ -11,40 +12,11 @@ from mixlm import (
     MixLMForQuestionAnswering,
     MixLMForRetrieval,
     MixLMModel,
-    MixLMSwitchConfig,
     MixLMSwitchForMaskedLM,
     MixLMSwitchModel,
 )
 
-SIZES = {
-    "vocab_size": 50,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_heads": 2,
-    "n_experts": 4,
-    "ff_dim": 64,
-    "max_position_embeddings": 32,
-    "kernel_size": 5,
-}
 MIXLM_HEADS = (MixLMModel, MixLMForPreTraining, MixLMForMaskedLM, MixLMForQuestionAnswering, MixLMForRetrieval)
-
-
-def build(model_class, **fields):
-    sizes = {**SIZES, **fields}
-    if model_class.config_class is MixLMSwitchConfig:
-        del sizes["kernel_size"]
-    torch.manual_seed(0)
-    return model_class(model_class.config_class(**sizes)).eval()
-
-
-def batch(rows=3, length=9):
-    generator = torch.Generator().manual_seed(1)
-    attention_mask = torch.ones(rows, length, dtype=torch.long)
-    attention_mask[1, length // 2 :] = 0
-    return {
-        "input_ids": torch.randint(1, SIZES["vocab_size"], (rows, length), generator=generator),
-        "attention_mask": attention_mask,
-    }
 
 
 @pytest.mark.parametrize("model_class", [MixLMModel, MixLMSwitchModel])
