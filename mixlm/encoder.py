@@ -103,10 +103,12 @@ def load_for_retrieval(name_or_path: str, **fields: Any) -> tuple[PreTrainedMode
         UserError: it cannot be loaded, is of another library, or weights of its encoders are missing.
     """
     with loading(name_or_path):
-        config = AutoConfig.from_pretrained(name_or_path, **fields)
+        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False, **fields)
         if config.model_type not in MODEL_TYPES:
             raise UserError(f"{name_or_path}: is of type {config.model_type}; give one of {' or '.join(MODEL_TYPES)}")
-        model, report = AutoModelForTextEncoding.from_pretrained(name_or_path, config=config, output_loading_info=True)
+        model, report = AutoModelForTextEncoding.from_pretrained(
+            name_or_path, config=config, output_loading_info=True, trust_remote_code=False, use_safetensors=True
+        )
     missing = sorted(report["missing_keys"])
     of_contexts = [name for name in missing if name.startswith("context_encoder.")]
     has_none_of_contexts = len(of_contexts) == len(model.encoder.state_dict())

@@ -2,9 +2,9 @@
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from safetensors import SafetensorError
 
@@ -59,6 +59,14 @@ def write_whole(file: Path, text: str) -> None:
 def partial_name(folder: Path) -> Path:
     """Where a folder or file lies while it is being written."""
     return folder.with_name(f".{folder.name}.partial")
+
+
+def require_inside(names: Iterable[str], of: Path) -> None:
+    """Raise UserError where a file of a folder, by a name that is read from `of` in it, would lie outside of it."""
+    for name in names:
+        path = PurePath(name)
+        if path.is_absolute() or ".." in path.parts:
+            raise UserError(f"{of}: names {one_line(name):.80}, outside of its folder; do not trust that folder")
 
 
 def flush(path: Path) -> None:

@@ -126,7 +126,7 @@ def saved_model(name_or_folder: str, length: int, inference: bool) -> PreTrained
         UserError: it cannot be loaded, is of another family, or takes fewer than `length` tokens.
     """
     try:
-        config = AutoConfig.from_pretrained(name_or_folder)
+        config = AutoConfig.from_pretrained(name_or_folder, trust_remote_code=False)
         if not isinstance(config, MixLMConfig | MixLMSwitchConfig):
             known = f"{MixLMConfig.model_type} or {MixLMSwitchConfig.model_type}"
             raise UserError(f"--model {name_or_folder}: has model_type {config.model_type!r}, expected {known}")
@@ -134,7 +134,9 @@ def saved_model(name_or_folder: str, length: int, inference: bool) -> PreTrained
         if length > longest:
             raise UserError(f"--model {name_or_folder}: takes {longest:,} tokens, --shape has {length:,} a row")
         auto_class = AutoModel if inference else AutoModelForPreTraining
-        return auto_class.from_pretrained(name_or_folder, config=config, dtype=torch.float32)
+        return auto_class.from_pretrained(
+            name_or_folder, config=config, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
+        )
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"--model {name_or_folder}: cannot be loaded: {error}") from error
 

@@ -128,7 +128,9 @@ def load_for_reading(name_or_path: str) -> tuple[PreTrainedModel, bool]:
             question is told from the text.
     """
     with loading(name_or_path):
-        model, report = AutoModelForQuestionAnswering.from_pretrained(name_or_path, output_loading_info=True)
+        model, report = AutoModelForQuestionAnswering.from_pretrained(
+            name_or_path, output_loading_info=True, trust_remote_code=False, use_safetensors=True
+        )
     missing = sorted(report["missing_keys"])
     if other := [name for name in missing if not name.startswith("qa_outputs.")]:
         raise UserError(f"{name_or_path}: lacks {len(other)} weights beside the head, such as {other[0]}")

@@ -167,6 +167,8 @@ def build_app(answering: OpenQA, examples: Sequence[str]) -> FastAPI:
 
     @app.middleware("http")
     async def guard(request: Request, handle):
+        if "upload" in request.url.path.split("/"):  # Gradio would keep any file of anybody, and show it to all
+            return JSONResponse({"error": "files are not taken"}, 404)
         if request.method == "POST" and not _is_small(request.headers.get("content-length", "")):
             return JSONResponse({"error": f"a request has at most {LARGEST_BODY:,} bytes, and says how many"}, 413)
         response = await handle(request)

@@ -329,7 +329,7 @@ def load_tokenizer(name_or_path: str | PathLike) -> PreTrainedTokenizerFast:
     """
     name = str(name_or_path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     # Loading fails with errors of many kinds (OSError, ValueError, KeyError, bare Exception from Rust, ...), all of
     # which mean that the name or the files are wrong.
     except Exception as error:

@@ -90,7 +90,7 @@ def fill_mask_verb(arguments: argparse.Namespace) -> None:
     if not masks:
         raise UserError(f"no {tokenizer.mask_token} in {arguments.text!r}; put it where a word is to be found")
     try:
-        model = AutoModelForMaskedLM.from_pretrained(arguments.model)
+        model = AutoModelForMaskedLM.from_pretrained(arguments.model, trust_remote_code=False, use_safetensors=True)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"--model {arguments.model}: cannot be loaded: {error}") from error
     if arguments.top > model.config.vocab_size:

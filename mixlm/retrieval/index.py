@@ -22,7 +22,7 @@ from ..data.hashing import hash_file
 from ..data.packages import required
 from ..data.passages import Passage
 from ..errors import UserError, file_error, one_line
-from ..files import partial_name, whole_folder
+from ..files import partial_name, require_inside, whole_folder
 from .analysers import ANALYSERS, Analyser
 from .hits import Found
 from .lexical import K1, B, LexicalIndex
@@ -155,6 +155,7 @@ def open_index(folder: Path) -> Index:
     try:
         manifest = read_manifest(folder / _MANIFEST, FORMAT, again)
         _require_libraries(manifest["libraries"], folder, again)
+        require_inside(manifest["files"], folder / _MANIFEST)
         hashes = _hashes(folder, manifest["files"])
         changed = [name for name, wanted in manifest["files"].items() if hashes[name] != wanted]
         if changed:

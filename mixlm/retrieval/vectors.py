@@ -38,7 +38,7 @@ from ..data.hashing import hash_file, hash_json
 from ..data.passages import Passage
 from ..encoder import MixLMEncoder
 from ..errors import UserError, file_error, is_out_of_memory, one_line
-from ..files import whole_folder
+from ..files import require_inside, whole_folder
 from .manifest import read_manifest, write_manifest
 from .passages import StoredPassages, write_passages
 
@@ -67,6 +67,7 @@ class StoredVectors:
         manifest = _read_manifest(folder)
         if not manifest["shards"]:
             raise UserError(f"{folder}: not all passages are encoded yet; run mixlm encode again, and it goes on")
+        require_inside(manifest["shards"], folder / _MANIFEST)
         self.encoder, self.model = manifest["encoder"], manifest["model"]
         self.dimension, self.dtype = manifest["dimension"], manifest["dtype"]
         self._length, self._folders = manifest["passages"], [folder / name for name in manifest["shards"]]

@@ -30,7 +30,7 @@ from transformers import PreTrainedModel
 
 from ..data.batching import Position
 from ..errors import UserError, file_error
-from ..files import whole_folder
+from ..files import require_inside, whole_folder
 
 OPTIMIZER_FILE, STATE_FILE, MODEL_FOLDER = "optimizer.safetensors", "state.json", "model"
 SPARE_BYTES = 16 * 2**20  # for all that is not a tensor
@@ -111,7 +111,9 @@ def save_checkpoint(
 
 def verify(folder: Path) -> None:
     """Raise UserError unless every file of the checkpoint is as it was written."""
-    for name, expected in read_state(folder)["files"].items():
+    files = read_state(folder)["files"]
+    require_inside(files, folder / STATE_FILE)
+    for name, expected in files.items():
         if not (folder / name).is_file() or _hash(folder / name) != expected:
             raise UserError(f"{folder / name}: damaged or missing; use an older checkpoint")
 

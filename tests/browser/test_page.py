@@ -19,11 +19,10 @@ from mixlm.serving import ENGLISH, KOREAN, build_app
 
 BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 SECONDS = 60  # for a page or an answer, on a busy machine
+EVIL = "<img src=x onerror=\"document.title = 'ran'\">"
 PASSAGES = [
     Passage("hangul", "한글", "한글은 1443년에 만들어졌다."),
-    Passage(
-        "evil", "<script>document.title = 'ran'</script>", "한국의 <img src=x onerror=\"document.title = 'ran'\"> 7"
-    ),
+    Passage("evil", "<script>document.title = 'ran'</script>", f"한국의 {EVIL} 7"),
 ]
 
 pytestmark = pytest.mark.skipif(not (BROWSER and DRIVER), reason="Chromium or its driver is not installed (README.md)")
@@ -34,7 +33,7 @@ def address(tmp_path_factory):
     folder = tmp_path_factory.mktemp("page")
     build_index(PASSAGES, folder / "index", BigramAnalyser())
     with running(
-        build_app(OpenQA(open_index(folder / "index"), StubReader()), ["한글은 언제 만들어졌나?"])
+        build_app(OpenQA(open_index(folder / "index"), StubReader()), ["한글은 언제 만들어졌나?", EVIL])
     ) as address:
         yield address
 
@@ -87,6 +86,15 @@ def test_no_text_of_a_passage_becomes_code(browser, address):
     assert "<script>" in find(browser, "#result .title").text
     assert "<img src=x" in find(browser, "#result .with-answer p").text
     assert browser.title == "mixlm"
+
+
+def test_no_question_or_example_becomes_code(browser, address):
+    browser.get(address)
+    find(browser, "#head h1")
+    assert any(EVIL in each.text for each in browser.find_elements(By.CSS_SELECTOR, "button, td"))
+    ask(browser, EVIL)
+    assert find(browser, "#result .with-answer mark").text == "7"
+    assert browser.title == "mixlm" and not browser.find_elements(By.CSS_SELECTOR, "img[src='x']")
 
 
 def test_the_page_asks_no_other_server(browser, address):
