@@ -77,17 +77,17 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 def tiny_model(model_class: type, **fields) -> torch.nn.Module:
     """A model of two small layers with a vocabulary for `tiny_tokenizer`, in evaluation mode."""
     torch.manual_seed(0)
-    config = model_class.config_class(
-        vocab_size=len(WORDS) + 5,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_heads=2,
-        n_experts=2,
-        ff_dim=32,
-        max_position_embeddings=32,
-        initializer_range=0.5,
-        **fields,
-    )
+    small = {
+        "vocab_size": len(WORDS) + 5,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_heads": 2,
+        "n_experts": 2,
+        "ff_dim": 32,
+        "max_position_embeddings": 32,
+        "initializer_range": 0.5,
+    }
+    config = model_class.config_class(**{**small, **fields})
     return model_class(config).eval()
 
 
