@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import (
     AlbertConfig,
+    AutoConfig,
     AutoModel,
     AutoModelForMaskedLM,
     BertConfig,
@@ -126,6 +127,8 @@ class PeerForRetrieval(PreTrainedModel):
 
     def __init__(self, config: PreTrainedConfig):
         super().__init__(config)
+        # What an index asks about an encoder.
+        config.pooler, config.normalize_embeddings, config.two_towers = "mean", False, False
         self.encoder = AutoModel.from_config(config)
         self.pooler = MeanPooler()
         self.post_init()
@@ -137,6 +140,11 @@ class PeerForRetrieval(PreTrainedModel):
         model = cls(encoder.config)
         model.encoder = encoder
         return model, []
+
+    @classmethod
+    def load_fine_tuned(cls, folder: str) -> "PeerForRetrieval":
+        """What run_ict.py has left of one."""
+        return cls.from_pretrained(folder, config=AutoConfig.from_pretrained(folder))
 
     def forward(
         self,

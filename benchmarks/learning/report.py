@@ -25,6 +25,25 @@ PAGE = DOCUMENTS / "experiments.md"
 FIGURE = DOCUMENTS / "learning.png"
 FIGURE_TABLE, FINALIST_MINUTES = "finalists", 60
 PLACES = 200  # of a drawn curve
+READING_COLUMNS = {"EM": "exact_match", "F1": "f1"}
+RETRIEVAL_COLUMNS = {
+    "accuracy@1": "accuracy@1",
+    "@5": "accuracy@5",
+    "@10": "accuracy@10",
+    "MRR@10": "mrr@10",
+    "by answer: @1": "answer_accuracy@1",
+    "answer @5": "answer_accuracy@5",
+    "answer @10": "answer_accuracy@10",
+}
+# With the sign that the numbers have.
+HYBRID_COLUMNS = {
+    "hybrid accuracy@1": ("hybrid/accuracy@1", ""),
+    "hybrid @10": ("hybrid/accuracy@10", ""),
+    "hybrid MRR@10": ("hybrid/mrr@10", ""),
+    "hybrid answer @1": ("hybrid/answer_accuracy@1", ""),
+    "gain @1": ("gain/accuracy@1", "+"),
+}
+GREATEST_P = "p, at most"
 _TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -59,8 +78,8 @@ def markdown(lines: Sequence[Line]) -> str:
     made, planned = sum(len(line.results) for line in lines), sum(line.seeds for line in lines)
     if not made:
         return "Not run yet.\n"
-    is_of_tasks = any(result.get("task") for line in lines for result in line.results.values())
-    rows = (rows_of_tasks if is_of_tasks else rows_of_pretraining)(lines)
+    task = next(result["task"] for line in lines for result in line.results.values())
+    rows = ROWS[task]([line for line in lines if line.results])
     text = [f"| {' | '.join(rows[0])} |", "|---" * len(rows[0]) + "|"]
     text += [f"| {' | '.join(map(str, row.values()))} |" for row in rows]
     if made < planned:
@@ -80,8 +99,6 @@ def rows_of_pretraining(lines: Sequence[Line]) -> list[dict[str, Any]]:
     rows = []
     for line in lines:
         results = list(line.results.values())
-        if not results:
-            continue
         common = [seed for seed in line.results if seed in base.results and line is not base]
         differences = [compared(line.results[seed]) - compared(base.results[seed]) for seed in common]
         one_seed = " (1 seed)" if len(common) == 1 else ""
@@ -99,18 +116,38 @@ def rows_of_pretraining(lines: Sequence[Line]) -> list[dict[str, Any]]:
     return rows
 
 
-def rows_of_tasks(lines: Sequence[Line]) -> list[dict[str, Any]]:
-    """Cells by the title of their column: what each fine-tuning is judged by, in percent."""
-    judged_by = {"EM": "exact_match", "F1": "f1", "accuracy@1": "accuracy@1", "MRR@10": "mrr@10"}
-    rows = []
-    for line in filter(lambda line: line.results, lines):
-        metrics = [result["metrics"] for result in line.results.values()]
-        cells = {
-            title: spread((of_run[name] for of_run in metrics if name in of_run), digits=1)
-            for title, name in judged_by.items()
-        }
-        rows.append({**beginning_of_row(line), **cells})
+def rows_of_reading(lines: Sequence[Line]) -> list[dict[str, Any]]:
+    """Cells by the title of their column: what readers are judged by, in percent."""
+    return [
+        {**beginning_of_row(line), **{title: metric_of(line, name) for title, name in READING_COLUMNS.items()}}
+        for line in lines
+    ]
+
+
+def rows_of_retrieval(lines: Sequence[Line]) -> list[dict[str, Any]]:
+    """Cells by the title of their column: what retrievers are judged by, in percent, below a row of terms alone.
+
+    Encoders of which none has seen a question are judged by all questions.
+    """
+    have_seen_none = all(result["steps"] == 0 for line in lines for result in line.results.values())
+    of_all = "all questions/" if have_seen_none else ""
+    # Terms have no seeds: what they find is the same in all runs.
+    terms = lines[0]._replace(results=dict([next(iter(lines[0].results.items()))]))
+    row = dict.fromkeys(beginning_of_row(terms), "") | {"": "terms alone (BM25)"}
+    row |= {title: metric_of(terms, f"{of_all}lexical/{name}") for title, name in RETRIEVAL_COLUMNS.items()}
+    rows = [row | dict.fromkeys([*HYBRID_COLUMNS, GREATEST_P], "")]
+    for line in lines:
+        row = beginning_of_row(line)
+        row |= {title: metric_of(line, f"{of_all}dense/{name}") for title, name in RETRIEVAL_COLUMNS.items()}
+        row |= {title: metric_of(line, of_all + name, sign) for title, (name, sign) in HYBRID_COLUMNS.items()}
+        row[GREATEST_P] = f"{max(result['metrics'][f'{of_all}p/accuracy@1'] for result in line.results.values()):.4f}"
+        rows.append(row)
     return rows
+
+
+def metric_of(line: Line, name: str, sign: str = "") -> str:
+    """A metric over the seeds of a line."""
+    return spread((result["metrics"][name] for result in line.results.values()), sign, digits=1)
 
 
 def beginning_of_row(line: Line) -> dict[str, Any]:
@@ -141,6 +178,9 @@ def spread(values: Iterable[float], sign: str = "", digits: int = 3) -> str:
         return ""
     mean = f"{statistics.mean(values):{sign}.{digits}f}"
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+ROWS = {None: rows_of_pretraining, "reading": rows_of_reading, "retrieval": rows_of_retrieval}
 
 
 def rewrite(page: str, results: Sequence[dict[str, Any]]) -> str:

@@ -15,8 +15,9 @@ of the text it is judged on; `vocabulary`, the size of the tokenizer; and `keep_
 folder's models/KEY. Every run has one thread. Results are lines of results.jsonl; what is there already is not made
 again, and a run that was killed goes on from its last checkpoint (with a task: begins anew).
 
-A line with a `task` ("reading" or "retrieval", see fine_tune_one.py) fine-tunes the model that the line `of` of
-tables/finalists.jsonl has kept for the same seed, and is made again when that line has changed.
+A line with a `task` ("reading" or "retrieval", see fine_tune_one.py) fine-tunes a model that another line has kept:
+`"of": {"table": "pretrained", "name": "MixLM, SOP"}` is that line, for the same seed or the one that is given there as
+`seed`. It is made again when that line has changed. A budget of 0 steps evaluates the model as it is.
 """
 
 import argparse
@@ -53,7 +54,7 @@ OPTIONAL = {
     "task": None,
     "of": None,
 }
-KEPT_MODELS = FOLDER / "tables" / "finalists.jsonl"
+TABLES = FOLDER / "tables"
 
 
 def read_table(file: Path) -> list[dict[str, Any]]:
@@ -90,14 +91,16 @@ def key_of_source(run: dict[str, Any], where: str) -> str:
     Raises:
         UserError: there is no such run, or it does not keep its model.
     """
-    for each in read_table(KEPT_MODELS):
-        if (each["name"], each["seed"]) == (run["of"], run["seed"]):
+    of = run["of"]
+    if not isinstance(of, dict) or not {"table", "name"} <= of.keys() <= {"table", "name", "seed"}:
+        raise UserError(f'{where}: a task is "of" a kept model: {{"table": ..., "name": ..., perhaps "seed": ...}}')
+    table, seed = TABLES / f"{of['table']}.jsonl", of.get("seed", run["seed"])
+    for each in read_table(table):
+        if (each["name"], each["seed"]) == (of["name"], seed):
             if not each["keep_model"]:
-                raise UserError(
-                    f'{where}: {run["of"]!r} of {KEPT_MODELS} does not keep its model; give "keep_model": true'
-                )
+                raise UserError(f'{where}: {of["name"]!r} of {table} does not keep its model; give "keep_model": true')
             return key_of(each)
-    raise UserError(f"{where}: {KEPT_MODELS} has no {run['of']!r} with seed {run['seed']}")
+    raise UserError(f"{where}: {table} has no {of['name']!r} with seed {seed}")
 
 
 def key_of(run: dict[str, Any]) -> str:
@@ -140,7 +143,8 @@ def source_of(run: dict[str, Any], work: Path) -> str:
     folder = work / "models" / run["source_key"]
     if not folder.is_dir():
         raise UserError(
-            f"{run['name']}: {work} has no model of {run['of']!r}, seed {run['seed']}; make {KEPT_MODELS} there first"
+            f"{run['name']}, seed {run['seed']}: {work} has no model of {run['of']['name']!r}; make the table "
+            f"{run['of']['table']} there first"
         )
     return str(folder)
 

@@ -23,11 +23,14 @@ import fine_tune_one
 import metering
 import models
 import report
+import search_quality
 import study
 import train_one
 
+from mixlm import MixLMConfig, MixLMForRetrieval, cli
 from mixlm.data.batching import Position
 from mixlm.data.corpus import read_documents
+from mixlm.encoder import MixLMEncoder
 from mixlm.errors import RunStopped, UserError
 from mixlm.tokenization import train_tokenizer
 from mixlm.training.checkpoint import STATE_FILE, skeleton_of
@@ -91,25 +94,38 @@ def test_the_tables_ask_for_what_there_is(file):
             replace(arguments, **changed)
 
 
-def finalists(folder: Path, monkeypatch, **changed) -> None:
-    """Let tasks be of a finalist `a`."""
-    file = folder / "finalists.jsonl"
-    file.write_text(json.dumps({**LINE, "keep_model": True, **changed}), "utf-8")
-    monkeypatch.setattr(study, "KEPT_MODELS", file)
+def kept_models(folder: Path, monkeypatch, **changed) -> None:
+    """Let there be a table `kept` with a line `a`."""
+    (folder / "kept.jsonl").write_text(json.dumps({**LINE, "keep_model": True, **changed}), "utf-8")
+    monkeypatch.setattr(study, "TABLES", folder)
 
 
-TASK = {"name": "reads", "model": "mixlm", "task": "reading", "of": "a", "minutes": 1, "seeds": [1, 2]}
+OF = {"table": "kept", "name": "a"}
+TASK = {"name": "reads", "model": "mixlm", "task": "reading", "of": OF, "minutes": 1, "seeds": [1, 2]}
 
 
 def test_a_task_is_another_run_when_its_source_is(tmp_path, monkeypatch):
     def keys():
         return [study.key_of(run) for run in study.read_table(table(tmp_path, TASK))]
 
-    finalists(tmp_path, monkeypatch)
+    kept_models(tmp_path, monkeypatch)
     before = keys()
     assert len(set(before)) == 2 and keys() == before
-    finalists(tmp_path, monkeypatch, arguments={"learning_rate": 1e-3})
+    kept_models(tmp_path, monkeypatch, arguments={"learning_rate": 1e-3})
     assert not set(keys()) & set(before)
+
+
+def test_seeds_of_a_task_can_share_a_model(tmp_path, monkeypatch):
+    kept_models(tmp_path, monkeypatch, seeds=[1])
+    runs = study.read_table(table(tmp_path, {**TASK, "of": {**OF, "seed": 1}}))
+    assert len({run["source_key"] for run in runs}) == 1 and len({study.key_of(run) for run in runs}) == 2
+
+
+@pytest.mark.parametrize("of", [None, "a", {"name": "a"}, {**OF, "seeds": [1]}])
+def test_a_task_says_whose_it_is(tmp_path, monkeypatch, of):
+    kept_models(tmp_path, monkeypatch)
+    with pytest.raises(UserError, match='line 1: a task is "of" a kept model'):
+        study.read_table(table(tmp_path, {**TASK, "of": of}))
 
 
 @pytest.mark.parametrize(
@@ -120,8 +136,8 @@ def test_a_task_is_another_run_when_its_source_is(tmp_path, monkeypatch):
         ({"seeds": [1]}, "line 1: .* has no 'a' with seed 2"),
     ],
 )
-def test_a_task_needs_a_finalist_that_keeps_its_model(tmp_path, monkeypatch, changed, message):
-    finalists(tmp_path, monkeypatch, **changed)
+def test_a_task_needs_a_line_that_keeps_its_model(tmp_path, monkeypatch, changed, message):
+    kept_models(tmp_path, monkeypatch, **changed)
     with pytest.raises(UserError, match=message):
         study.read_table(table(tmp_path, TASK))
 
@@ -247,20 +263,50 @@ def test_different_vocabularies_are_compared_by_character(tmp_path):
     assert "| 6.000 ± 0.000 | 3.00 | 2.000 ± 0.000 | -0.500 ± 0.000 |" in rows[1]
 
 
-def test_a_table_of_tasks_shows_what_they_are_judged_by(tmp_path, monkeypatch):
-    finalists(tmp_path, monkeypatch)
-    file = table(tmp_path, TASK, {**TASK, "name": "finds", "task": "retrieval"})
-    metrics = [{"exact_match": 1, "f1": 20}, {"exact_match": 3, "f1": 20}, {"accuracy@1": 5, "mrr@10": 7}]
-    results = [
-        {**run, "key": study.key_of(run), "steps": 1200, "metrics": of_run}
-        for run, of_run in zip(study.read_table(file)[:3], metrics, strict=True)
+def results_of(file: Path, metrics: list[dict]) -> list[dict]:
+    """Results of the first runs of a table of tasks, as they are kept."""
+    runs = study.read_table(file)[: len(metrics)]
+    return [
+        {"steps": 1200, **run, "key": study.key_of(run), "metrics": of_run}
+        for run, of_run in zip(runs, metrics, strict=True)
     ]
+
+
+def test_a_table_of_readers_shows_what_they_are_judged_by(tmp_path, monkeypatch):
+    kept_models(tmp_path, monkeypatch)
+    file = table(tmp_path, TASK, {**TASK, "name": "other", "minutes": 2})
+    results = results_of(file, [{"exact_match": 1, "f1": 20}, {"exact_match": 3, "f1": 20}])
     assert report.markdown(report.lines_of(file, results)).splitlines()[2:] == [
-        "| reads | 2 of 2 | 1 | 1,200 | 2.0 ± 1.4 | 20.0 ± 0.0 |  |  |",
-        "| finds | 1 of 2 | 1 | 1,200 |  |  | 5.0 | 7.0 |",
+        "| reads | 2 of 2 | 1 | 1,200 | 2.0 ± 1.4 | 20.0 ± 0.0 |",
         "",
-        "3 of 4 runs are made.",
+        "2 of 4 runs are made.",
     ]
+
+
+def test_a_table_of_retrievers_begins_with_terms_alone(tmp_path, monkeypatch):
+    """Also where some have seen no question; only where none has, all questions count."""
+    kept_models(tmp_path, monkeypatch)
+    names = {*report.RETRIEVAL_COLUMNS.values()}
+
+    def metrics(prefix, lexical, dense, hybrid, p):
+        values = {"lexical": lexical, "dense": dense, "hybrid": hybrid}
+        found = {f"{prefix}{mode}/{name}": value for mode, value in values.items() for name in names}
+        return {**found, f"{prefix}gain/accuracy@1": hybrid - lexical, f"{prefix}p/accuracy@1": p}
+
+    as_it_is = {name: value for name, value in TASK.items() if name != "minutes"} | {"steps": 0, "task": "retrieval"}
+    trained = {**as_it_is, "name": "finds", "steps": 5}
+    file = table(tmp_path, {**as_it_is, "seeds": [1]}, trained)
+    before = metrics("", 90, 20, 91, 0.5) | metrics("all questions/", 80, 10, 81, 0.4)
+    after = [metrics("", 90, 50, 92, 0.01), metrics("", 90, 52, 94, 0.001)]
+    rows = report.markdown(report.lines_of(file, results_of(file, [before, *after]))).splitlines()[2:]
+    assert rows == [
+        "| terms alone (BM25) |  |  |  " + "| 90.0 " * 7 + "|" + "  |" * 6,
+        "| reads | 1 of 1 |  | 0 " + "| 20.0 " * 7 + "| 91.0 " * 4 + "| +1.0 | 0.5000 |",
+        "| finds | 2 of 2 |  | 5 " + "| 51.0 ± 1.4 " * 7 + "| 93.0 ± 1.4 " * 4 + "| +3.0 ± 1.4 | 0.0100 |",
+    ]
+    file = table(tmp_path, {**as_it_is, "seeds": [1]})
+    rows = report.markdown(report.lines_of(file, results_of(file, [before]))).splitlines()[2:]
+    assert rows[1] == "| reads | 1 of 1 |  | 0 " + "| 10.0 " * 7 + "| 81.0 " * 4 + "| +1.0 | 0.4000 |"
 
 
 @pytest.mark.parametrize("task", ["reading", "retrieval"])
@@ -271,10 +317,12 @@ def test_a_kept_peer_is_fine_tuned(tmp_path, task):
     peer.masked_lm.save_pretrained(tmp_path / "kept")
     tokenizer.save_pretrained(tmp_path / "kept")
     articles = {"train_articles": "0:20", "validation_articles": "20:24"}
-    specification = {"model": "bert", "task": task, "seed": 1, "minutes": 0, "arguments": articles}
+    articles |= {"judged_on": "24:28"} if task == "retrieval" else {}
+    specification = {"model": "bert", "task": task, "seed": 1, "steps": 0, "arguments": articles}
     paths = {"source": str(tmp_path / "kept"), "questions": str(SAMPLE / "ko_questions.json")}
     result = fine_tune_one.fine_tune_one({**specification, **paths}, tmp_path)
-    assert result["steps"] == 1 and 0 <= result["metrics"]["f1" if task == "reading" else "mrr@10"] <= 100
+    judged_by = "f1" if task == "reading" else "all questions/hybrid/mrr@10"
+    assert result["steps"] == 0 and 0 <= result["metrics"][judged_by] <= 100
     if task == "retrieval":
         encoder, _ = models.PeerForRetrieval.load(str(tmp_path / "kept"))
         weights = load_file(tmp_path / "run" / "model.safetensors")
@@ -283,14 +331,49 @@ def test_a_kept_peer_is_fine_tuned(tmp_path, task):
                 torch.testing.assert_close(weights[name], parameter.detach())
 
 
+def test_search_is_judged_as_by_the_commands(tmp_path, capsys):
+    """A new encoder's hits of each kind are worth what `mixlm tune`, `search` and `evaluate` say."""
+    torch.manual_seed(0)
+    sentences = [sentence for document in read_documents(SAMPLE) for sentence in document.sentences]
+    tokenizer = train_tokenizer(sentences, 500, show_progress=False)
+    config = MixLMConfig(vocab_size=len(tokenizer), num_heads=4, max_position_embeddings=256, pooler="mean", **TINY)
+    MixLMForRetrieval(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    file = SAMPLE / "ko_questions.json"
+    encoder = MixLMEncoder.from_pretrained(tmp_path / "model")
+    found = search_quality.search_quality(encoder, file, tmp_path / "in-memory", "0:8", "8:16")
+
+    def command(*arguments):
+        cli.main([*map(str, arguments)])
+        return capsys.readouterr().out
+
+    folders = [tmp_path / name for name in ("vectors", "index")]
+    command("encode", "--model", tmp_path / "model", "--passages", file, "--out", folders[0])
+    command("index", "--vectors", folders[0], "--out", folders[1])
+    command("tune", "--index", folders[1], "--queries", file, "--qrels", file, "--articles", "0:8")
+    for mode in ("lexical", "dense", "hybrid"):
+        run = tmp_path / f"{mode}.trec"
+        searching = ("search", "--index", folders[1], "--queries", file, "--top_k", 100, "--mode", mode, "--out", run)
+        command(*searching)
+    judged = ["--qrels", file, "--articles", "8:16", "--passages", file, "--compare", tmp_path / "lexical.trec"]
+    for mode in ("dense", "hybrid"):
+        printed = json.loads(command("evaluate", "--hits", tmp_path / f"{mode}.trec", *judged, "--json"))
+        for name in ("accuracy@1", "mrr@10", "answer_accuracy@5"):
+            assert found[f"{mode}/{name}"] == pytest.approx(printed["hits"][name])
+            assert found[f"lexical/{name}"] == pytest.approx(printed["compare"][name])
+            if mode == "hybrid":
+                assert found[f"gain/{name}"] == pytest.approx(printed["difference"][name]["mean"])
+                assert found[f"p/{name}"] == pytest.approx(printed["difference"][name]["p_value"])
+
+
 def test_a_model_that_was_not_kept_is_named_before_any_run(tmp_path, monkeypatch):
-    finalists(tmp_path, monkeypatch)
+    kept_models(tmp_path, monkeypatch)
     monkeypatch.setattr(study, "make", lambda *_: pytest.fail("a run was made"))
     monkeypatch.setattr(study, "prepare_tokenizer", lambda *_: pytest.fail("a tokenizer was made"))
     file = table(tmp_path, {**LINE, "seeds": [1]}, {**TASK, "seeds": [2]})
     options = ["--corpus_path", "c", "--questions", "q", "--work_dir", str(tmp_path / "work")]
     monkeypatch.setattr(sys, "argv", ["study.py", str(file), *options, "--results", str(tmp_path / "results.jsonl")])
-    with pytest.raises(UserError, match="reads: .* has no model of 'a', seed 2"):
+    with pytest.raises(UserError, match="reads, seed 2: .* has no model of 'a'; make the table kept"):
         study.main.__wrapped__()
 
 
