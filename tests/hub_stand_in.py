@@ -38,7 +38,7 @@ class HubStandIn:
         self.objects: dict[str, bytes] = {}
         self.arrived: list[str] = []
         self.requests: list[str] = []
-        self.refusals: list[tuple[str, int]] = []
+        self.refusals: list[tuple[str, int, bool]] = []
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
 
@@ -54,15 +54,15 @@ class HubStandIn:
             "NO_PROXY": "127.0.0.1",
         }
 
-    def refuse(self, request: str, status: int, after: int = 0) -> None:
+    def refuse(self, request: str, status: int, after: int = 0, once: bool = False) -> None:
         """Answer requests like the pattern `request` ("PUT /objects/.+") with a status, but for the first `after`."""
-        self.refusals = [(request, 0)] * after + [(request, status)]
+        self.refusals = [(request, 0, True)] * after + [(request, status, once)]
 
     def answer_instead(self, request: str) -> int:
         """The status to refuse a request with; 0 is none."""
-        for number, (pattern, status) in enumerate(self.refusals):
+        for number, (pattern, status, once) in enumerate(self.refusals):
             if re.fullmatch(pattern, request):
-                if status == 0:
+                if once:
                     del self.refusals[number]
                 return status
         return 0

@@ -1,6 +1,7 @@
-"""A head and its tokenizer go to the Hub, and come back by name in a process that has neither package nor files."""
+"""Heads and tokenizers go to the Hub, and come back by name in a process that has neither package nor files."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -10,14 +11,16 @@ from remote_models import (
     TEXTS,
     run_with_package,
     run_without_package,
+    tensors_of,
     tiny_inputs,
     tiny_model,
     tiny_tokenizer,
 )
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import mixlm
 from mixlm.encoder import Encoding
+from mixlm.training.publishing import publish
 
 PUSH = """
 from transformers import AutoModelForMaskedLM, AutoTokenizer
@@ -80,6 +83,59 @@ def test_push_and_load_by_name(family, tmp_path):
     auto_map = json.loads((elsewhere / "resaved" / "config.json").read_text("utf-8"))["auto_map"]
     assert auto_map == model.auto_classes
     assert code == {file.name for file in (elsewhere / "resaved").glob("*.py")}
+
+
+# Every head by its name, the pipelines, and what the cards say is the way to load them.
+LOAD_ALL = """
+import json
+from pathlib import Path
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, pipeline
+
+inputs, outputs = load_file("inputs.safetensors"), {}
+for auto, examples in json.loads(Path("examples.json").read_text("utf-8")).items():
+    name = f"someone/{auto}"
+    model = getattr(transformers, auto).from_pretrained(name, trust_remote_code=True).eval()
+    assert type(model).__module__.startswith("transformers_modules.")
+    with torch.no_grad():
+        found = model(**inputs)
+    outputs |= {f"{auto}/{key}": value.contiguous() for key, value in found.items() if torch.is_tensor(value)}
+    vectors = pipeline("feature-extraction", model=name, trust_remote_code=True)("서울 은 한국", return_tensors=True)
+    outputs[f"{auto}/vectors"] = vectors.contiguous()
+    exec(examples, {})
+fill_mask = pipeline("fill-mask", model="someone/AutoModelForPreTraining", trust_remote_code=True)
+assert len(fill_mask("서울 은 [MASK] .")) == 5
+save_file(outputs, "outputs.safetensors")
+"""
+
+
+@pytest.mark.parametrize("family", HEADS)
+def test_every_head_by_name_without_the_package(family, tmp_path, monkeypatch):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    models = {auto: tiny_model(model_class) for auto, model_class in HEADS[family].items()}
+    inputs, tokenizer, examples = tiny_inputs(), tiny_tokenizer(), {}
+    save_file(inputs, elsewhere / "inputs.safetensors")
+    with HubStandIn() as hub:
+        hub.use_here(monkeypatch)
+        for auto, model in models.items():
+            model.save_pretrained(tmp_path / auto)
+            tokenizer.save_pretrained(tmp_path / auto)
+            publish(tmp_path / auto, f"someone/{auto}", private=auto == "AutoModel")
+            card = hub.repositories[f"someone/{auto}"]["README.md"].decode()
+            examples[auto] = re.search(r"```python\n(.*?)```", card, flags=re.DOTALL)[1]
+        (elsewhere / "examples.json").write_text(json.dumps(examples), "utf-8")
+        run_without_package(LOAD_ALL, elsewhere, **hub.environment)
+
+    outputs = load_file(elsewhere / "outputs.safetensors")
+    text = tokenizer("서울 은 한국", return_tensors="pt")
+    for auto, model in models.items():
+        with torch.no_grad():
+            expected = tensors_of(model(**inputs)) | {"vectors": model.base_model(**text).last_hidden_state}
+        for key, value in expected.items():
+            torch.testing.assert_close(outputs[f"{auto}/{key}"], value, rtol=1e-5, atol=1e-6)
 
 
 READ_SETTINGS = """
