@@ -105,8 +105,10 @@ def main():
         tokenizer,
         max_sentence_length=arguments.max_seq_length - SentenceOrderExamples.special_tokens,
         cache_dir=arguments.cache_dir,
-        dataset_name=arguments.dataset_name,
+        dataset=arguments.dataset_name,
         text_column=arguments.text_column,
+        config_name=arguments.dataset_config_name,
+        streaming=arguments.streaming,
     )
     training, held_out = build_examples(arguments, tokenizer, corpus)
     parameters = sum(parameter.numel() for parameter in model.parameters())

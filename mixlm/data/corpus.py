@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mixlm.data.text_files import numbered_lines
-from mixlm.errors import UserError
+from mixlm.errors import UserError, one_line
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+
+    AnyDataset = Dataset | DatasetDict | IterableDataset | IterableDatasetDict
 
 CORPUS_SUFFIXES = (".dat", ".dat.xz", ".dat.gz")
 
@@ -81,81 +83,138 @@ def read_documents(path: str | Path) -> Iterator[Document]:
         yield from _read_file(file)
 
 
-def read_dataset_documents(name: str | Path, text_column: str = "text") -> Iterator[Document]:
-    """Stream a dataset's rows as documents (see `load_text_dataset` for what `name` can be).
+def read_dataset_documents(dataset: "str | Path | AnyDataset", text_column: str = "text") -> Iterator[Document]:
+    """Stream a dataset's rows as documents (see `load_text_dataset` for what `dataset` can be).
 
     A text is split into sentences at its line breaks or, where it has none, after sentence-final punctuation that is
     followed by a space. Rows without text are passed over.
 
     Raises:
-        UserError: as `load_text_dataset`.
+        UserError: as `load_text_dataset` and `documents_of_dataset`.
     """
-    yield from documents_of_dataset(load_text_dataset(name, text_column), name, text_column)
+    yield from documents_of_dataset(load_text_dataset(dataset, text_column), dataset_name(dataset), text_column)
 
 
-def load_text_dataset(name: str | Path, text_column: str = "text") -> "Dataset":
-    """Load the rows to pretrain on, memory-mapped: split "train", or the only split.
+def load_text_dataset(
+    dataset: "str | Path | AnyDataset",
+    text_column: str = "text",
+    config_name: str | None = None,
+    streaming: bool = False,
+) -> "Dataset | IterableDataset":
+    """The rows to pretrain on: split "train", or the only split.
 
     Args:
-        name: a folder written by `save_to_disk`; a local .json, .jsonl, .csv, .parquet or .txt file, or a folder of
-            them; or the name of a dataset on the Hub. In a .txt file a blank line ends a row.
+        dataset, config_name, streaming: as `load_splits`. In a .txt file a blank line ends a row.
         text_column: the column with the text.
 
     Raises:
         UserError: the dataset cannot be loaded, it has several splits and none is called "train", or the column is
-            missing or does not hold text.
+            missing or does not hold text, as far as that is known before the rows of a stream are read.
     """
     from datasets import Value
 
-    splits = load_splits(name)
+    name = dataset_name(dataset)
+    splits = load_splits(dataset, config_name, streaming)
     if "train" not in splits and len(splits) > 1:
         raise UserError(f'dataset {name}: has the splits {", ".join(splits)}; one of them must be called "train"')
-    dataset = splits["train" if "train" in splits else next(iter(splits))]
+    rows = splits["train" if "train" in splits else next(iter(splits))]
 
-    if text_column not in dataset.column_names:
-        raise UserError(
-            f'dataset {name}: no column "{text_column}"; choose one of {", ".join(sorted(dataset.column_names))}'
-        )
-    feature = dataset.features[text_column]
-    if not (isinstance(feature, Value) and feature.dtype in ("string", "large_string", "string_view")):
-        raise UserError(f'dataset {name}: column "{text_column}" holds {feature}; choose a column of text')
-    return dataset.select_columns([text_column])
+    if rows.features is not None:
+        if text_column not in rows.features:
+            raise UserError(
+                f'dataset {name}: no column "{text_column}"; choose one of {", ".join(sorted(rows.features))}'
+            )
+        feature = rows.features[text_column]
+        if not (isinstance(feature, Value) and feature.dtype in ("string", "large_string", "string_view")):
+            raise UserError(f'dataset {name}: column "{text_column}" holds {feature}; choose a column of text')
+    return rows.select_columns([text_column])
 
 
-def load_splits(name: str | Path) -> dict[str, "Dataset"]:
+def load_splits(
+    dataset: "str | Path | AnyDataset", config_name: str | None = None, streaming: bool = False
+) -> "dict[str, Dataset | IterableDataset]":
     """The splits of a `datasets` dataset by name; one without splits is "train".
 
     Args:
-        name: a folder written by `save_to_disk`; a local .json, .jsonl, .csv, .parquet or .txt file, or a folder of
-            them; or the name of a dataset on the Hub.
+        dataset: a folder written by `save_to_disk`; a local .json, .jsonl, .csv, .parquet or .txt file, or a folder of
+            them; the name of a dataset on the Hub; or what `datasets` has loaded, a stream or not.
+        config_name: of a dataset on the Hub that has several configurations, such as "20231101.ko".
+        streaming: read rows as they are asked for, rather than copying all of them to this machine's disk first.
 
     Raises:
         UserError: it cannot be loaded.
     """
-    from datasets import Dataset, load_from_disk  # takes a second: only for those who use it
+    # Takes a second: only for those who use it.
+    from datasets import Dataset, IterableDataset, load_from_disk
     from datasets.exceptions import DatasetsError
 
-    path = Path(name)
-    is_saved_to_disk = path.is_dir() and any((path / file).is_file() for file in ("state.json", "dataset_dict.json"))
+    if isinstance(dataset, str | Path):
+        path = Path(dataset)
+        is_saved_to_disk = path.is_dir() and any(
+            (path / file).is_file() for file in ("state.json", "dataset_dict.json")
+        )
+        try:
+            loaded = (
+                load_from_disk(str(path))
+                if is_saved_to_disk
+                else _load_dataset(path, str(dataset), config_name, streaming)
+            )
+        except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+            raise UserError(
+                f"dataset {dataset}: cannot be loaded ({type(error).__name__}: {error}); "
+                "give a local file or folder, or a name that the Hub knows while it can be reached"
+            ) from error
+    else:
+        loaded = dataset
+    return {"train": loaded} if isinstance(loaded, Dataset | IterableDataset) else dict(loaded)
+
+
+def dataset_name(dataset: "str | Path | AnyDataset") -> str:
+    """What messages call a dataset: its name, or the class of what is loaded already."""
+    return str(dataset) if isinstance(dataset, str | Path) else type(dataset).__name__
+
+
+def dataset_fingerprint(rows: "Dataset | IterableDataset") -> str:
+    """By which rows are known again, without reading them; of a stream: the files, or the functions, they come from.
+
+    Raises:
+        UserError: a stream comes from what differs in every process.
+    """
+    from datasets import Dataset
+    from datasets.fingerprint import Hasher
+
+    if isinstance(rows, Dataset):
+        return rows._fingerprint
     try:
-        loaded = load_from_disk(str(path)) if is_saved_to_disk else _load_dataset(path, str(name))
-    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+        return Hasher.hash([rows._ex_iterable, rows.epoch])
+    except Exception as error:  # whatever pickling leads to
         raise UserError(
-            f"dataset {name}: cannot be loaded ({type(error).__name__}: {error}); "
-            "give a local file or folder, or a name that the Hub knows while it can be reached"
+            f"dataset {type(rows).__name__}: cannot be told from others ({type(error).__name__}: {one_line(error)}); "
+            "make it of functions that can be pickled, without open files or locks"
         ) from error
-    return {"train": loaded} if isinstance(loaded, Dataset) else dict(loaded)
 
 
-def documents_of_dataset(dataset: "Dataset", name: str | Path, text_column: str) -> Iterator[Document]:
-    """The documents of a dataset that is already loaded (`load_text_dataset`)."""
+def documents_of_dataset(rows: "Dataset | IterableDataset", name: str, text_column: str) -> Iterator[Document]:
+    """The documents of a dataset that is already loaded (`load_text_dataset`).
+
+    Raises:
+        UserError: a stream breaks off, or a row of it has no text column.
+    """
+    from datasets.exceptions import DatasetsError
+
     row = 0
-    for batch in dataset.iter(batch_size=1000):
-        for text in batch[text_column]:
-            row += 1
-            sentences = split_sentences(text or "")
-            if sentences:
-                yield Document(sentences, str(name), row)
+    try:
+        for batch in rows.iter(batch_size=1000):
+            for text in batch[text_column]:
+                row += 1
+                sentences = split_sentences(text or "")
+                if sentences:
+                    yield Document(sentences, name, row)
+    except (OSError, ValueError, RuntimeError, LookupError, AttributeError, TypeError, DatasetsError) as error:
+        raise UserError(
+            f"dataset {name}, after row {row}: cannot be read on ({type(error).__name__}: {one_line(error)}); "
+            f'is every row there an object with text in "{text_column}", and can its source be reached?'
+        ) from error
 
 
 def split_sentences(text: str) -> list[str]:
@@ -169,7 +228,7 @@ def _is_hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
 
-def _load_dataset(path: Path, name: str):
+def _load_dataset(path: Path, name: str, config_name: str | None, streaming: bool):
     from datasets import load_dataset
 
     texts = [path] if path.suffix == ".txt" else []
@@ -178,13 +237,15 @@ def _load_dataset(path: Path, name: str):
         texts = files if all(file.suffix == ".txt" for file in files) else []
     if texts:
         # By itself the library would make every line a row, and so a document of one sentence.
-        return load_dataset("text", data_files=[str(file) for file in texts], sample_by="paragraph")
+        return load_dataset(
+            "text", data_files=[str(file) for file in texts], sample_by="paragraph", streaming=streaming
+        )
     builders = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
     if path.is_file():
         if path.suffix not in builders:
             raise ValueError(f"{path.suffix or 'no suffix'} is not one of .txt, {', '.join(builders)}")
-        return load_dataset(builders[path.suffix], data_files=str(path))
-    return load_dataset(name)
+        return load_dataset(builders[path.suffix], data_files=str(path), streaming=streaming)
+    return load_dataset(name, config_name, streaming=streaming)
 
 
 def _read_file(file: Path) -> Iterator[Document]:

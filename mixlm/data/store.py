@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -29,11 +30,21 @@ from transformers import PreTrainedTokenizerBase
 from mixlm.data.batching import scramble
 from mixlm.data.blocks import load_blocks, write_blocks
 from mixlm.data.columns import ArrowColumn
-from mixlm.data.corpus import Document, documents_of_dataset, load_text_dataset, read_documents
+from mixlm.data.corpus import (
+    Document,
+    dataset_fingerprint,
+    dataset_name,
+    documents_of_dataset,
+    load_text_dataset,
+    read_documents,
+)
 from mixlm.data.hashing import content_hashes, file_stamps, hash_json
 from mixlm.data.tokenizing import tokenize_documents
 from mixlm.errors import UserError
 from mixlm.files import cache_folder, partial_name, whole_folder
+
+if TYPE_CHECKING:
+    from mixlm.data.corpus import AnyDataset
 
 logger = logging.getLogger(__name__)
 
@@ -138,20 +149,22 @@ def open_corpus(
     *,
     max_sentence_length: int,
     cache_dir: str | Path | None = None,
-    dataset_name: str | None = None,
+    dataset: "str | Path | AnyDataset | None" = None,
     text_column: str = "text",
+    config_name: str | None = None,
+    streaming: bool = False,
 ) -> TokenizedCorpus:
     """The tokenized form of a corpus: from the cache or, where that does not have it, built now.
 
     Args:
-        corpus_path: a corpus file or a folder of them (`mixlm.data.corpus.corpus_files`); None with `dataset_name`.
+        corpus_path: a corpus file or a folder of them (`mixlm.data.corpus.corpus_files`); None with `dataset`.
         tokenizer: with a backend of the `tokenizers` library.
         max_sentence_length: tokens of the longest sentence. A longer one is cut, between words where that is possible,
             into several, so that no text is lost. What is left of `max_seq_length` without the special tokens of an
             example (`SentenceOrderExamples.special_tokens`) is the largest value whose sentences fit into a block.
         cache_dir: default: environment variable MIXLM_CACHE, else ~/.cache/mixlm.
-        dataset_name: read a dataset (`mixlm.data.corpus.load_text_dataset`) instead of `corpus_path`.
-        text_column: of the dataset.
+        dataset: read this instead of `corpus_path`: a name, or what `datasets` has loaded; a stream is read once.
+        text_column, config_name, streaming: as `mixlm.data.corpus.load_text_dataset` has them.
 
     Raises:
         UserError: the corpus cannot be read or has fewer than two documents, the cache cannot be written, or
@@ -160,12 +173,12 @@ def open_corpus(
     if max_sentence_length < 1:
         raise UserError(f"max_sentence_length {max_sentence_length}: must be at least 1; use a larger max_seq_length")
     cache = cache_folder(cache_dir)
-    if dataset_name is not None:
-        dataset = load_text_dataset(dataset_name, text_column)
-        source = {"name": str(dataset_name), "text_column": text_column, "content": dataset._fingerprint}
+    if dataset is not None:
+        rows, name = load_text_dataset(dataset, text_column, config_name, streaming), dataset_name(dataset)
+        source = {"name": name, "text_column": text_column, "content": dataset_fingerprint(rows)}
 
         def documents() -> Iterator[Document]:
-            return documents_of_dataset(dataset, dataset_name, text_column)
+            return documents_of_dataset(rows, name, text_column)
     else:
         stamps = file_stamps(corpus_path)
         with _cache_errors(cache):

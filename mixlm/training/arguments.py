@@ -288,7 +288,14 @@ class PretrainingArguments(TrainingArguments):
     dataset_name: str | None = field(
         default=None, metadata={"help": "Instead: a `datasets` name or a local dataset; each row is a document."}
     )
+    dataset_config_name: str | None = field(
+        default=None, metadata={"help": "Configuration of the dataset, where it has several."}
+    )
     text_column: str = field(default="text", metadata={"help": "Column of the dataset that holds the text."})
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "Tokenize the dataset as it is read, and keep no other copy of it on this machine's disk."},
+    )
     cache_dir: str | None = field(
         default=None, metadata={"help": "Where the tokenized corpus is kept. None = MIXLM_CACHE or ~/.cache/mixlm."}
     )
@@ -318,6 +325,10 @@ class PretrainingArguments(TrainingArguments):
         super().__post_init__()
         if (self.corpus_path is None) == (self.dataset_name is None):
             raise UserError("give either --corpus_path (a folder or file of .dat) or --dataset_name")
+        for name in ("dataset_config_name", "streaming"):
+            self.require(
+                not getattr(self, name) or self.dataset_name is not None, name, "left out without dataset_name"
+            )
         if self.tokenizer is None:
             raise UserError("--tokenizer is missing; make one with: mixlm tokenizer train --corpus_path ... --out DIR")
         if self.preset is not None and self.config_file is not None:

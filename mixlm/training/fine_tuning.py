@@ -6,12 +6,12 @@ import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
 
-from ..data.corpus import load_splits
+from ..data.corpus import dataset_name, load_splits
 from ..data.squad import (
     ReadingData,
     ReadingExample,
@@ -26,6 +26,9 @@ from ..data.squad import (
 from ..errors import UserError
 from .arguments import TrainingArguments, dataset_source
 from .run import SKIPPED_FILE, on_main_process
+
+if TYPE_CHECKING:
+    from ..data.corpus import AnyDataset
 
 
 @dataclass
@@ -72,6 +75,9 @@ class FineTuningArguments(TrainingArguments):
     dataset_name: str | None = field(
         default=None, metadata={"help": "Instead of files: a `datasets` name with SQuAD's columns."}
     )
+    dataset_config_name: str | None = field(
+        default=None, metadata={"help": "Configuration of the dataset, where it has several."}
+    )
     train_articles: str | None = field(
         default=None, metadata={"help": "Train on these articles of train_file alone, such as 0:110."}
     )
@@ -88,6 +94,8 @@ class FineTuningArguments(TrainingArguments):
             raise UserError("--model_name_or_path is missing; give a pretrained model's folder or Hub name")
         if self.dataset_name is not None and self.train_file is not None:
             raise UserError(f"--train_file and --dataset_name={self.dataset_name}: give one of them")
+        is_named = self.dataset_config_name is None or self.dataset_name is not None
+        self.require(is_named, "dataset_config_name", "left out without dataset_name")
         self.require(self.num_train_epochs > 0, "num_train_epochs", "above 0")
         self.require(0 <= self.warmup_ratio < 1, "warmup_ratio", "at least 0 and below 1")
         self.require(0 < self.validation_split < 1, "validation_split", "between 0 and 1")
@@ -154,7 +162,12 @@ class Questions:
     notes: list[str]
 
 
-def read_questions(arguments: FineTuningArguments, unanswerable_flag: str, is_training: bool = True) -> Questions:
+def read_questions(
+    arguments: FineTuningArguments,
+    unanswerable_flag: str,
+    is_training: bool = True,
+    dataset: "AnyDataset | None" = None,
+) -> Questions:
     """The questions that the arguments name.
 
     Validation questions are those of `validation_file`, or of the dataset's split of that name, or else articles of
@@ -164,16 +177,18 @@ def read_questions(arguments: FineTuningArguments, unanswerable_flag: str, is_tr
         arguments: of the run.
         unanswerable_flag: the argument without which unanswerable questions are left out.
         is_training: whether there must be some to train on.
+        dataset: what `datasets` has loaded, a stream or not, instead of what the arguments name.
 
     Raises:
         UserError: a file is wrong; a range of articles is empty; what is evaluated on is trained on; nothing can be
             learned from.
     """
     data, held_out = None, None
-    if arguments.dataset_name is not None:
-        splits = load_splits(arguments.dataset_name)
-        data = read_rows(splits["train"], arguments.dataset_name) if "train" in splits else None
-        held_out = read_rows(splits["validation"], arguments.dataset_name) if "validation" in splits else None
+    dataset = arguments.dataset_name if dataset is None else dataset
+    if dataset is not None:
+        splits, name = load_splits(dataset, arguments.dataset_config_name), dataset_name(dataset)
+        data = read_rows(splits["train"], name) if "train" in splits else None
+        held_out = read_rows(splits["validation"], name) if "validation" in splits else None
     if arguments.train_file is not None:
         data = read_squad(arguments.train_file)
     if arguments.validation_file is not None:

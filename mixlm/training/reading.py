@@ -40,7 +40,7 @@ class ReadingArguments(FineTuningArguments):
 
     best_metric: ClassVar[str | None] = "f1"
     judged_by: ClassVar[tuple[str, ...]] = (
-        *("metric", "version_2_with_negative", "train_file", "dataset_name", "train_articles"),
+        *("metric", "version_2_with_negative", "train_file", "dataset_name", "dataset_config_name", "train_articles"),
         *("validation_file", "validation_articles", "validation_split"),
         *("max_seq_length", "doc_stride", "max_query_length", "n_best_size", "max_answer_length", "korean_particles"),
     )

@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from .. import __version__
-from ..data.corpus import load_splits
+from ..data.corpus import dataset_fingerprint, load_splits
 from ..data.hashing import content_hashes, hash_file
 from ..data.languages import languages_of, samples_of
 from ..errors import UserError, one_line
@@ -103,9 +103,9 @@ def _describe_data(arguments: TrainingArguments) -> tuple[list[dict[str, Any]], 
             entry["files"] = _describe_files(source, _hashes(arguments, argument, source))
             samples += samples_of(source)
         else:
-            splits = load_splits(source)
-            entry["fingerprints"] = {name: split._fingerprint for name, split in splits.items()}
-            rows = (row for split in splits.values() for row in split.select(range(min(len(split), SAMPLED_ROWS))))
+            splits = load_splits(source, arguments.dataset_config_name, getattr(arguments, "streaming", False))
+            entry["fingerprints"] = {name: dataset_fingerprint(split) for name, split in splits.items()}
+            rows = (row for split in splits.values() for row in split.take(SAMPLED_ROWS))
             samples += [value for row in rows for value in row.values() if isinstance(value, str)]
         described.append(entry)
     return described, languages_of(samples)

@@ -39,8 +39,8 @@ class RetrievalArguments(FineTuningArguments):
 
     best_metric: ClassVar[str | None] = "mrr@10"
     judged_by: ClassVar[tuple[str, ...]] = (
-        *("train_file", "dataset_name", "train_articles", "validation_file", "validation_articles"),
-        *("validation_split", "corpus_path", "eval_split", "max_eval_examples"),
+        *("train_file", "dataset_name", "dataset_config_name", "train_articles", "validation_file"),
+        *("validation_articles", "validation_split", "corpus_path", "eval_split", "max_eval_examples"),
         *("max_query_length", "max_passage_length", "null_passage"),
     )
 

@@ -332,9 +332,7 @@ def test_a_dataset_is_a_corpus_too(tmp_path, tokenizer, cache, builds, monkeypat
 
     def open_dataset():
         name = str(tmp_path / "rows.json")
-        return open_corpus(
-            None, tokenizer, max_sentence_length=9, cache_dir=cache, dataset_name=name, text_column="body"
-        )
+        return open_corpus(None, tokenizer, max_sentence_length=9, cache_dir=cache, dataset=name, text_column="body")
 
     write("b.")
     open_dataset()
