@@ -247,7 +247,7 @@ class TestCheckpointPusher:
     def test_one_at_a_time_and_the_training_does_not_wait(self, pusher, hub, monkeypatch):
         pusher, (first, second) = pusher
         may_go_on = threading.Event()
-        monkeypatch.setattr("mixlm.training.publishing.publish", lambda *_: may_go_on.wait(60))
+        monkeypatch.setattr("mixlm.training.publishing.publish", lambda *_, **__: may_go_on.wait(60))
         assert pusher.push(first) is None
         under_way = pusher.under_way
         assert pusher.push(second) is None and pusher.under_way is under_way
@@ -258,7 +258,7 @@ class TestCheckpointPusher:
         pusher, (first, _) = pusher
         weights = (first / "model/model.safetensors").read_bytes()
         monkeypatch.setattr(
-            "mixlm.training.publishing.publish", lambda *given: (shutil.rmtree(first), publish(*given))
+            "mixlm.training.publishing.publish", lambda *given, **more: (shutil.rmtree(first), publish(*given, **more))
         )
         pusher.push(first)
         pusher.under_way.result()
@@ -329,3 +329,33 @@ class TestPushVerb:
             self.push(*words)
         (line,) = capsys.readouterr().err.splitlines()
         assert exited.value.code == 2 and message in line and hub.requests == []
+
+
+class TestPage:
+    """What docs/hub.md says is so, and docs/hub.ko.md says the same."""
+
+    PAGES = [(REPOSITORY / "docs" / name).read_text("utf-8") for name in ("hub.md", "hub.ko.md")]
+
+    def test_both_have_the_same_commands_code_and_flags(self):
+        english, korean = (re.findall(r"```.*?```|^    .+?$|`--.+?`", page, flags=re.M | re.S) for page in self.PAGES)
+        assert sorted(english) == sorted(korean) and len(english) > 10
+        options = {f"--{field}" for field in PretrainingArguments.__dataclass_fields__} | {"--private", "--license"}
+        flags = {flag.strip("`").split()[0] for flag in english if flag.startswith("`--")} - {"--seeds"}
+        assert flags <= options
+
+    def test_its_commands_run(self, data, hub, monkeypatch, capsys):
+        (data / "mixlm").symlink_to(REPOSITORY / "mixlm")
+        shutil.copytree(data / "base", data / "demo-output" / "tiny")
+        tiny_model(mixlm.MixLMForPreTraining, max_position_embeddings=128).save_pretrained(data / "demo-output/tiny")
+        monkeypatch.chdir(data)
+        lines = re.findall(r"^\$ (.+)$", self.PAGES[0], flags=re.M)
+        login, train, push, read = map(shlex.split, lines)
+        assert login == ["hf", "auth", "login"]  # asks for a token, which the stand-in does not give
+        assert train[:2] == ["python", "run_mrc.py"]
+        monkeypatch.setattr(sys, "argv", [*train[1:], "--num_steps", "1", "--train_batch_size", "2"])
+        run_mrc.main()
+        assert hub.private == {"USER/my-reader"} == set(hub.repositories)
+        for command in (push, read):
+            capsys.readouterr()
+            main(command[1:])
+        assert "characters" in capsys.readouterr().out

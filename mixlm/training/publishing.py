@@ -71,19 +71,19 @@ def push_run(arguments: TrainingArguments, accelerator: Accelerator) -> None:
     name, private = arguments.hub_model_id, arguments.hub_private_repo
     try:
         # After the last checkpoint, which may still be on its way.
-        notes = run_as_future(publish, arguments.run_folder, name, private, arguments.hub_license).result()
+        notes = run_as_future(publish, arguments.run_folder, name, private).result()
     except (Exception, KeyboardInterrupt) as error:  # whatever it is, the training has ended well
         raise NotPushed(
-            f"{error or 'interrupted'}; the model is whole in {arguments.run_folder}, push it with: "
-            f"{command_to_push(arguments.run_folder, name, private, arguments.hub_license)}"
+            f"{str(error) or 'interrupted'}; the model is whole in {arguments.run_folder}, push it with: "
+            f"{command_to_push(arguments.run_folder, name, private)}"
         ) from error
     for note in notes:
         print(note)
 
 
-def command_to_push(folder: Path, name: str, private: bool, license: str | None) -> str:
+def command_to_push(folder: Path, name: str, private: bool, license: str | None = None) -> str:
     """What a user types to push a folder."""
-    options = ["--private"] * private + (["--license", license] if license not in (None, "apache-2.0") else [])
+    options = ["--private"] * private + (["--license", license] if license else [])
     return shlex.join(["mixlm", "push", str(folder), name, *options])
 
 
@@ -114,7 +114,7 @@ class CheckpointPusher:
     def _push(self, stage: Path, step: int) -> None:
         arguments = self.arguments
         try:
-            publish(stage, arguments.hub_model_id, arguments.hub_private_repo, arguments.hub_license, step)
+            publish(stage, arguments.hub_model_id, arguments.hub_private_repo, step=step)
         finally:
             shutil.rmtree(stage, ignore_errors=True)
 
