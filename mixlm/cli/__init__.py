@@ -11,6 +11,7 @@ from itertools import takewhile
 from ..errors import UserError, exits_on_user_error
 from .ask import add_ask_parser
 from .costs import add_plan_parser, add_profile_parser
+from .data import add_data_parser
 from .export import add_export_parser
 from .index import add_encode_parser, add_index_parser
 from .mine import add_mine_parser
@@ -58,6 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     """
     parser = _Parser(prog="mixlm", description="Encoders for retrieval and machine reading: everything but training.")
     subparsers = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+    add_data_parser(subparsers)
     add_tokenizer_parser(subparsers)
     add_fill_mask_parser(subparsers)
     add_read_parser(subparsers)
