@@ -140,9 +140,11 @@ def routed_feed_forward(
     """`SwitchFeedForward.forward` in evaluation, without numbers of tokens that a trace would take for constants.
 
     Each expert gathers its own tokens, however many, and puts what becomes of them back in their places. Padding is
-    no expert's.
+    no expert's. The router is in 64 bits, which `write_int8` leaves alone: which expert is first must not depend on
+    rounding to 8.
     """
-    router_logits = mixture.router(hidden)
+    router = mixture.router
+    router_logits = F.linear(hidden.double(), router.weight.double(), router.bias.double()).to(hidden.dtype)
     probability, expert = router_logits.softmax(dim=-1).max(dim=-1)
     if mixture.config.router_scaling == "straight-through":
         probability = torch.ones_like(probability)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from remote_models import tiny_model
@@ -31,7 +32,7 @@ MODELS = {
     "reader": (mixlm.MixLMForQuestionAnswering, {"residual_attention": False, "ln_pos": 1, "num_hidden_layers": 1}),
     "switch reader": (
         mixlm.MixLMSwitchForQuestionAnswering,
-        {"router_scaling": "straight-through", "n_experts": 3, "num_hidden_layers": 2},
+        {"router_scaling": "straight-through", "n_experts": 3, "num_hidden_layers": 1},
     ),
 }
 EACH_MODEL = pytest.mark.parametrize("name", MODELS)
@@ -120,20 +121,23 @@ def test_two_towers_are_two_graphs(exported):
     assert not np.allclose(graph(**query).embeddings, graph(**passage).context_embeddings, atol=1e-2)
 
 
-def test_eight_bits_are_smaller_near_and_blind_to_padding(exported, tmp_path):
-    """Of all weights, also those of experts. A text alone is scaled otherwise than beside others, hence "near"."""
+def test_eight_bits_are_near_and_of_every_matrix_but_the_router(exported, tmp_path):
     for name in ("encoder", "switch reader"):
-        model, graph, folder = exported[name]
-        source = folder / f"{name} model.onnx"
-        write_int8(source, tmp_path / f"{name}.int8.onnx")
-        assert [path.name for path in tmp_path.iterdir() if "prepared" in path.name] == []
-        small = GraphModel({"model": tmp_path / f"{name}.int8.onnx"}, threads=1)
+        model, _, folder = exported[name]
+        file = tmp_path / "model.int8.onnx"
+        write_int8(folder / f"{name} model.onnx", file)
+        assert list(tmp_path.iterdir()) == [file]
+        weights = {weight.name: weight for weight in onnx.load(file).graph.initializer}
+        matrices = [weight for weight in weights.values() if len(weight.dims) == 2 and min(weight.dims) > 1]
+        kinds = {onnx.TensorProto.DataType.Name(matrix.data_type) for matrix in matrices}
+        assert kinds == ({"INT8", "DOUBLE"} if "switch" in name else {"INT8"})
+        small = GraphModel({"model": file}, threads=1)
         inputs = calls(name, batch(4, 20))[0]
+        found = vars(small(**inputs))
         for output, expected in outputs_of(model, inputs, small(**inputs)).items():
-            found = vars(small(**inputs))[output].numpy()
             real = inputs["attention_mask"].bool().numpy() if "logits" in output else ...
-            correlation = np.corrcoef(found[real].ravel(), expected[real].ravel())[0, 1]
-            assert correlation > 0.98 and not np.array_equal(found, expected)
+            assert np.corrcoef(found[output].numpy()[real].ravel(), expected[real].ravel())[0, 1] > 0.98
+            assert not np.array_equal(found[output].numpy(), expected)
 
 
 @pytest.mark.parametrize("scaling", ["probability", "straight-through"])
@@ -153,7 +157,7 @@ def test_experts_in_the_form_that_is_traced_are_the_experts(scaling, masked):
         found, other_logits = routed_feed_forward(mixture, hidden, mask, PLAIN)
     assert len(set(logits.argmax(dim=-1).flatten().tolist())) > 1
     torch.testing.assert_close(found, expected)
-    assert torch.equal(other_logits, logits)
+    torch.testing.assert_close(other_logits, logits)
 
 
 def test_a_model_is_as_before_after_an_export():
