@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := demo-output
+QUESTIONS := mixlm/sample/ko_questions.json
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-all lint format bench bench-growth clean
@@ -22,12 +23,27 @@ $(VENV)/installed: setup.py constraints.txt
 		>/dev/null 2>&1 || true
 	@touch $@
 
-demo: $(VENV)/installed  ## Pretrain a tiny MixLM on the bundled corpus and fill a masked Korean sentence
+demo: $(VENV)/installed  ## From text to answers on the bundled articles: pretrain, fine-tune, index, ask (minutes)
 	@rm -rf $(DEMO)
 	$(BIN)/mixlm tokenizer train --corpus_path mixlm/sample --vocab_size 4000 --out $(DEMO)/tokenizer
 	$(BIN)/python run_pretraining.py examples/demo.json
+	$(BIN)/python run_mrc.py examples/demo_reader.json
+	$(BIN)/python run_ict.py examples/demo_retriever.json
+	$(BIN)/mixlm encode --model $(DEMO)/retriever --passages $(QUESTIONS) --out $(DEMO)/vectors
+	$(BIN)/mixlm index --vectors $(DEMO)/vectors --out $(DEMO)/index
+	@# Articles 0 to 51 were trained on. What is chosen now is chosen on 52 to 58, and judged on 59 to 65.
+	$(BIN)/mixlm tune --index $(DEMO)/index --queries $(QUESTIONS) --qrels $(QUESTIONS) --articles 52:59
+	$(BIN)/mixlm ask --index $(DEMO)/index --reader $(DEMO)/reader --questions $(QUESTIONS) --articles 52:59 --tune
+	$(BIN)/mixlm ask --index $(DEMO)/index --reader $(DEMO)/reader --questions $(QUESTIONS) --articles 59:66
 	$(BIN)/mixlm report $(DEMO)/tiny
+	$(BIN)/mixlm report $(DEMO)/reader
+	$(BIN)/mixlm report $(DEMO)/retriever
 	$(BIN)/mixlm fill-mask --model $(DEMO)/tiny "제주도는 우리나라에서 가장 [MASK] 섬으로, 한반도 남쪽 바다에 있다."
+	@echo "Two questions that the reader was trained on, and one about an article that it was not:"
+	$(BIN)/mixlm ask --index $(DEMO)/index --reader $(DEMO)/reader "우주에 김치를 가져간 한국인은 누구인가?"
+	$(BIN)/mixlm ask --index $(DEMO)/index --reader $(DEMO)/reader "하멜은 어느 나라 사람인가?"
+	$(BIN)/mixlm ask --index $(DEMO)/index --reader $(DEMO)/reader "우리나라에서 전등이 가장 먼저 켜진 곳은 어디인가?"
+	@echo "Ask more on a web page: $(BIN)/mixlm serve --index $(DEMO)/index --reader $(DEMO)/reader"
 
 test: $(VENV)/installed  ## Run every test that takes seconds
 	$(BIN)/python -m pytest -n 2
