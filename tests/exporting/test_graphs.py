@@ -1,5 +1,7 @@
 """ONNX graphs give what their models give."""
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -38,23 +40,22 @@ MODELS = {
 EACH_MODEL = pytest.mark.parametrize("name", MODELS)
 
 
-def model_of(name: str) -> torch.nn.Module:
-    model_class, fields = MODELS[name]
-    return tiny_model(model_class, **fields)
-
-
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory) -> dict[str, tuple[torch.nn.Module, GraphModel, Path]]:
-    """Each model, what was exported of it, and the folder."""
-    folder, found = tmp_path_factory.mktemp("graphs"), {}
-    for name in MODELS:
-        model = model_of(name)
+def exported(tmp_path_factory) -> Callable[[str], tuple[torch.nn.Module, GraphModel, Path]]:
+    """By name a model, what was exported of it, and the folder; each is exported once, when it is asked for."""
+    folder = tmp_path_factory.mktemp("graphs")
+
+    @cache
+    def export(name: str) -> tuple[torch.nn.Module, GraphModel, Path]:
+        model_class, fields = MODELS[name]
+        model = tiny_model(model_class, **fields)
         graphs = graphs_of_reader() if "reader" in name else graphs_of_encoder(model)
         files = {graph.name: folder / f"{name} {graph.name}.onnx" for graph in graphs}
         for graph in graphs:
             write_graph(model, graph, files[graph.name])
-        found[name] = model, GraphModel(files, threads=1), folder
-    return found
+        return model, GraphModel(files, threads=1), folder
+
+    return export
 
 
 def batch(rows: int, length: int, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -82,7 +83,7 @@ def outputs_of(model, inputs: dict[str, torch.Tensor], like) -> dict[str, np.nda
 
 @EACH_MODEL
 def test_any_batch_of_any_length_gives_the_numbers_of_the_model(exported, name):
-    model, graph, _ = exported[name]
+    model, graph, _ = exported(name)
     for seed, (rows, length) in enumerate([(1, 1), (1, 2), (2, 3), (3, 17), (1, 32), (9, 32)]):
         for inputs in calls(name, batch(rows, length, seed)):
             found = graph(**inputs)
@@ -95,7 +96,7 @@ def test_any_batch_of_any_length_gives_the_numbers_of_the_model(exported, name):
 
 @EACH_MODEL
 def test_padding_changes_nothing_whatever_stands_in_it(exported, name):
-    _, graph, _ = exported[name]
+    _, graph, _ = exported(name)
     alone = batch(1, 7)
     padded = {key: torch.nn.functional.pad(tensor, (0, 9)).repeat(2, 1) for key, tensor in alone.items()}
     padded["input_ids"][0, 7:] = 5
@@ -109,13 +110,13 @@ def test_padding_changes_nothing_whatever_stands_in_it(exported, name):
 
 def test_what_is_longer_than_the_positions_is_an_error(exported, capfd):
     for name in ("encoder", "switch reader"):
-        _, graph, _ = exported[name]
+        _, graph, _ = exported(name)
         with pytest.raises(Exception, match="idx=32 must be within the inclusive range"):
             graph(**calls(name, batch(2, 33))[0])
 
 
 def test_two_towers_are_two_graphs(exported):
-    model, graph, _ = exported["two towers"]
+    model, graph, _ = exported("two towers")
     assert set(graph.sessions) == {"query", "passage"}
     query, passage = calls("two towers", batch(2, 5))
     assert not np.allclose(graph(**query).embeddings, graph(**passage).context_embeddings, atol=1e-2)
@@ -123,7 +124,7 @@ def test_two_towers_are_two_graphs(exported):
 
 def test_eight_bits_are_near_and_of_every_matrix_but_the_router(exported, tmp_path):
     for name in ("encoder", "switch reader"):
-        model, _, folder = exported[name]
+        model, _, folder = exported(name)
         file = tmp_path / "model.int8.onnx"
         write_int8(folder / f"{name} model.onnx", file)
         assert list(tmp_path.iterdir()) == [file]
