@@ -61,6 +61,7 @@ def run(arguments: RetrievalArguments) -> dict[str, float]:
         accelerator,
         lambda engine: evaluate_retrieval(engine, data, arguments.train_batch_size, texts, accelerator),
         batches,
+        tokenizer,
     )
     finish_run(tokenizer, best, arguments, accelerator, arguments.encoding)
     push_run(arguments, accelerator)

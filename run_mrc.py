@@ -57,7 +57,7 @@ def train_reader(arguments: ReadingArguments, accelerator: Accelerator, question
     held_out = decoding.windows(questions.validation, tokenizer)
     arguments.fit_schedule(len(training), accelerator.num_processes)
     accelerator.print(
-        f"{len(questions.training):,} questions in {len(training):,} windows to train on for {arguments.num_steps:,} "
+        f"{len(training.examples):,} questions in {len(training):,} windows to train on for {arguments.num_steps:,} "
         f"steps, {len(questions.validation):,} in {len(held_out):,} to evaluate on; {training.cut_questions:,} "
         "questions were longer than max_query_length and cut"
     )
@@ -70,7 +70,7 @@ def train_reader(arguments: ReadingArguments, accelerator: Accelerator, question
         return reading_metrics(predictions, questions.validation, metric, decoding)
 
     batches = TrainingBatches(training, tokenizer.pad_token_id, arguments, accelerator)
-    best = train(model, ReadingObjective, batches, arguments, accelerator, evaluate, batches)
+    best = train(model, ReadingObjective, batches, arguments, accelerator, evaluate, batches, tokenizer)
     finish_run(tokenizer, best, arguments, accelerator, tuned(decoding, best.metrics))
     return best.metrics
 

@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from .data.squad import Answer, SkippedAnswer, read_squad
 from .errors import UserError, one_line
@@ -345,6 +345,16 @@ def load_tokenizer(name_or_path: str | PathLike) -> PreTrainedTokenizerFast:
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise UserError(f"tokenizer '{name}' has no vocabulary, only special tokens; is its tokenizer.json missing?")
     return tokenizer
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a tokenizer into a folder; OSError where that cannot be done."""
+    try:
+        tokenizer.save_pretrained(folder)
+    except OSError:
+        raise
+    except Exception as error:  # the `tokenizers` library has no other class for a full disk
+        raise OSError(str(error)) from error
 
 
 def _why_not_loaded(path: Path, error: Exception) -> str:

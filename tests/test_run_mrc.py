@@ -249,6 +249,15 @@ def test_with_the_flag_a_threshold_is_tuned(run, prepared):
     assert all((answer == "") == (odds[id_] > decoding.null_threshold) for id_, answer in answered.items())
 
 
+def test_skipped_answers_are_no_questions_to_train_on(run, tmp_path, capsys):
+    articles = [article(number) for number in range(12)]
+    articles[0]["paragraphs"][0]["qas"][0]["answers"][0]["text"] = "없는 곳"
+    folder = run(train_file=write(tmp_path / "one_wrong.json", articles))
+    assert "39 questions in 39 windows to train on for 2 steps, 8 in 8 to evaluate on" in capsys.readouterr().out
+    (skipped,) = (folder / "skipped_answers.jsonl").read_text("utf-8").splitlines()
+    assert json.loads(skipped)["id"] == "0-0-0"
+
+
 @pytest.mark.parametrize(
     ("data", "changes"),
     [

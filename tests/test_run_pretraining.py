@@ -153,6 +153,43 @@ def test_a_short_run_leaves_a_folder_that_everything_loads(run, arguments, tmp_p
     check_finished_folder(tmp_path / "outputs" / "run", family, task, capsys)
 
 
+def test_a_checkpoint_has_a_model_and_its_tokenizer(run, arguments, tmp_path):
+    run(arguments())
+    folder = tmp_path / "outputs" / "run"
+    model = folder / "checkpoints" / "step-00000002" / "model"
+    text = "서울은 한국의 [MASK]이다."
+    filled = [
+        pipeline(
+            "fill-mask",
+            model=AutoModelForMaskedLM.from_pretrained(place),
+            tokenizer=AutoTokenizer.from_pretrained(place),
+        )(text)
+        for place in (model, folder)
+    ]
+    assert filled[0] == filled[1]
+
+
+def test_a_dataset_is_trained_on_as_a_corpus_is(run, arguments, tmp_path, monkeypatch):
+    """Loaded, or as a stream: the same blocks, held-out documents and weights."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets-cache")
+    rows = [{"text": "\n".join(document.sentences)} for document in read_documents(SAMPLE)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), "utf-8")
+    weights = []
+    for number, changes in enumerate(
+        (
+            {},
+            {"corpus_path": None, "dataset_name": tmp_path / "rows.jsonl"},
+            {"corpus_path": None, "dataset_name": tmp_path / "rows.jsonl", "streaming": True},
+        )
+    ):
+        run(arguments(model_name=f"run-{number}", **changes))
+        weights.append(load_file(tmp_path / "outputs" / f"run-{number}" / "model.safetensors"))
+    for others in weights[1:]:
+        assert all(torch.equal(value, others[name]) for name, value in weights[0].items())
+
+
 def test_the_loss_goes_down(run, arguments, tmp_path, capsys):
     """60 steps from a JSON file, with a worker."""
     settings = arguments(num_steps=60, learning_rate=0.01, warmup_steps=5, logging_steps=5, num_workers=1)

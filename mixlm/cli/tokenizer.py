@@ -142,13 +142,10 @@ def _check_new_tokenizer(arguments: argparse.Namespace) -> None:
 
 def _save_tokenizer(tokenizer: "PreTrainedTokenizerFast", arguments: argparse.Namespace) -> None:
     tokenizer.model_max_length = arguments.max_length
+    from ..tokenization import save_tokenizer
+
     with new_folder(arguments.out) as folder:
-        try:
-            tokenizer.save_pretrained(folder)
-        except OSError:
-            raise
-        except Exception as error:  # the `tokenizers` library has no other class for a full disk
-            raise OSError(str(error)) from error
+        save_tokenizer(tokenizer, folder)
     print(f"{len(tokenizer):,} tokens saved in {arguments.out}")
     print(f'Load it with AutoTokenizer.from_pretrained("{arguments.out}").')
 

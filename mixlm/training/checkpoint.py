@@ -1,7 +1,7 @@
 """Checkpoints: a folder is either whole or absent.
 
     step-00001000/
-      model/                  plain `from_pretrained`
+      model/                  plain `from_pretrained`, with the tokenizer
       optimizer.safetensors   AdamW's moments by parameter name
       state.json              step, position in the data, resolved arguments, versions, hashes of the files
 
@@ -26,11 +26,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.batching import Position
 from ..errors import UserError, file_error
 from ..files import require_inside, whole_folder
+from ..tokenization import save_tokenizer
 
 OPTIMIZER_FILE, STATE_FILE, MODEL_FOLDER = "optimizer.safetensors", "state.json", "model"
 SPARE_BYTES = 16 * 2**20  # for all that is not a tensor
@@ -71,6 +72,7 @@ def save_checkpoint(
     moments: dict[str, Tensor],
     state: TrainingState,
     arguments: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> None:
     """Write a whole checkpoint.
 
@@ -81,6 +83,7 @@ def save_checkpoint(
         moments: AdamW's state, by names as in `Engine.whole_moments`.
         state: steps done and place in the data.
         arguments: the resolved arguments of the run.
+        tokenizer: of the model, if it has one.
 
     Raises:
         OSError: it cannot be written; what was there before still is. Nothing is begun where there is no room for it.
@@ -93,6 +96,8 @@ def save_checkpoint(
         raise OSError(errno.ENOSPC, shortage)
     with whole_folder(folder) as partial:
         skeleton.save_pretrained(partial / MODEL_FOLDER, state_dict=parameters)
+        if tokenizer is not None:
+            save_tokenizer(tokenizer, partial / MODEL_FOLDER)
         save_file(moments, partial / OPTIMIZER_FILE)
         files = sorted(path for path in partial.rglob("*") if path.is_file())
         contents = {

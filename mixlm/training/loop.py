@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from ..data.batching import Position
 from ..errors import RunStopped, UserError, file_error
@@ -63,6 +64,7 @@ def train(
     accelerator: Accelerator,
     evaluate: Callable[[Engine], dict[str, float]],
     trial_batches: TrainingBatches | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Evaluation:
     """Train for `arguments.num_steps` optimizer steps, from the start or from the checkpoint of `arguments.resume`.
 
@@ -77,6 +79,7 @@ def train(
         evaluate: called with the engine, which is to be called as the model, every `eval_steps` and at the end;
             returns metrics by name.
         trial_batches: of the same data; needed to find a batch size.
+        tokenizer: written into each checkpoint beside the model, so that the two can be used from there.
 
     Returns:
         the last evaluation, or by `arguments.best_metric` the best: the checkpoint of its step is there.
@@ -86,7 +89,7 @@ def train(
             does not fit.
         RunStopped: a signal came or `max_minutes` are over; a checkpoint was saved.
     """
-    run = _Run(model, objective_class, arguments, accelerator, evaluate, trial_batches)
+    run = _Run(model, objective_class, arguments, accelerator, evaluate, trial_batches, tokenizer)
     steps = batches(run.state.position) if run.state.step < arguments.num_steps else ()
     run.begin()  # only now, when nothing can be wrong with the new run
     # Closed even after an error, so that its message gets a line of its own.
@@ -127,8 +130,10 @@ class _Run:
         accelerator: Accelerator,
         evaluate: Callable[[Engine], dict[str, float]],
         trial_batches: TrainingBatches | None,
+        tokenizer: PreTrainedTokenizerBase | None,
     ):
         self.arguments, self.accelerator, self.evaluate_engine = arguments, accelerator, evaluate
+        self.tokenizer = tokenizer
         self.stop_request = StopRequest(arguments.max_minutes, accelerator)
         self.state = TrainingState(0, Position())
         self.checkpoints = arguments.run_folder / CHECKPOINTS
@@ -361,7 +366,7 @@ class _Run:
 
         def write() -> bool:
             try:
-                save_checkpoint(target, self.skeleton, parameters, moments, self.state, self.resolved)
+                save_checkpoint(target, self.skeleton, parameters, moments, self.state, self.resolved, self.tokenizer)
             except OSError as error:
                 message = f"{target}: cannot be written: {error.strerror or error}; make room"
                 if must_succeed:

@@ -12,7 +12,6 @@ from huggingface_hub import run_as_future
 from ..errors import NotPushed, UserError, file_error
 from ..files import whole_folder
 from ..hub import CARD_FILE, address, card_on_hub, files_to_push, open_repository, push_files
-from ..tokenization import load_tokenizer
 from .arguments import TrainingArguments
 from .card import is_generated, write_card
 from .checkpoint import MODEL_FOLDER, step_of
@@ -126,7 +125,6 @@ class CheckpointPusher:
             for name in (RECORD_FILE, CARD_FILE):
                 if (run / name).exists():
                     shutil.copy(run / name, partial / name)
-            load_tokenizer(self.arguments.tokenizer or self.arguments.model_name_or_path).save_pretrained(partial)
         return stage
 
 

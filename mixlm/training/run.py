@@ -20,6 +20,7 @@ from ..errors import UserError, file_error
 from ..files import whole_folder
 from ..hub import CARD_FILE, require_access
 from ..loading import StoredSettings
+from ..tokenization import save_tokenizer
 from .arguments import TrainingArguments
 from .card import is_generated
 from .checkpoint import MODEL_FOLDER, Evaluation, checkpoint_of, checkpoints_in, prune, read_state, verify
@@ -216,7 +217,7 @@ def finish_run(
                 checkpoint = checkpoint_of(folder / CHECKPOINTS, chosen.step)
                 verify(checkpoint)
                 shutil.copytree(checkpoint / MODEL_FOLDER, partial, dirs_exist_ok=True)
-                tokenizer.save_pretrained(partial)
+                save_tokenizer(tokenizer, partial)
                 if settings is not None:
                     settings.save(partial)
                 results = {f"eval/{name}": value for name, value in chosen.metrics.items()}
