@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 
 ACTIVATIONS = ("gelu", "relu", "swish")
 PRESET_FOLDER = Path(__file__).parent / "configs"
+LARGEST_NAMED = 1024  # of the numbers that an error lists
 
 # What the older implementation had instead of fields. Its JSON files have no `model_type`.
 LEGACY_SETTINGS = {"shared_parameters": "ffn", "final_layer_norm": False}
@@ -315,7 +316,7 @@ def _read_fields(name_or_file: str | Path, model_type: str | None) -> dict[str, 
         )
     try:
         fields = json.loads(path.read_text("utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, lists in lists in lists
         raise ValueError(f"{path}: not a JSON file: {error}") from error
     if not isinstance(fields, dict):
         raise ValueError(f"{path}: holds a JSON {type(fields).__name__}, expected an object of configuration fields")
@@ -327,7 +328,7 @@ def _one_of(values: tuple[int, ...]) -> str:
 
 
 def _divisors(number: int) -> list[int]:
-    return [candidate for candidate in range(1, number + 1) if number % candidate == 0]
+    return [candidate for candidate in range(1, min(number, LARGEST_NAMED) + 1) if number % candidate == 0]
 
 
 __all__ = ["MixLMConfig", "MixLMSwitchConfig", "preset_names"]

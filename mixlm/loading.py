@@ -4,9 +4,9 @@ import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, StrictDataclassError
@@ -82,11 +82,23 @@ class StoredSettings:
             except (OSError, ValueError) as error:
                 raise UserError(f"{name_or_path}: {cls.file_name} cannot be had: {one_line(error)}") from error
         try:
-            return cls(**json.loads(file.read_text("utf-8")))
+            values = json.loads(file.read_text("utf-8"))
+            cls._require_types(values)
+            return cls(**values)
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, RecursionError, TypeError) as error:
             raise UserError(f"{file}: is not what {cls.written_by} writes: {one_line(error)}") from error
+
+    @classmethod
+    def _require_types(cls, values: dict[str, Any]) -> None:
+        """Raise TypeError or ValueError where a value cannot be that of its field: whole numbers are lengths."""
+        for field in fields(cls):
+            value = values.get(field.name, field.default) if isinstance(values, dict) else None
+            if type(value) is not field.type and not (field.type is float and type(value) is int):
+                raise TypeError(f"{field.name} is {value!r:.40}, and no {field.type.__name__}")
+            if field.type is int and value < 1:
+                raise ValueError(f"{field.name} is {value}, and below 1")
 
 
 def hash_of_weights(model: PreTrainedModel) -> str:

@@ -329,3 +329,8 @@ class TestOlderFiles:
         for norm in ("preln", "postln"):
             config = config_class.from_preset(golden / f"{family}_{norm}_config.json")
             assert (config.ln_pos, config.layer_group) == (0 if norm == "preln" else 1, 2)
+
+
+def test_an_absurd_width_is_refused_at_once():
+    with pytest.raises(StrictDataclassError, match="not divisible by num_heads=7; .* one of 1, 2, 4, 5, 8"):
+        MixLMSwitchConfig(hidden_size=10**18, num_heads=7)

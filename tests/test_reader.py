@@ -137,3 +137,23 @@ def test_a_model_that_was_not_trained_to_read_is_refused(folder, tmp_path):
     mixlm.MixLMForMaskedLM(model.config).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="is not trained to answer questions; train it with run_mrc.py"):
         MixLMReader.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        ({"max_seq_length": "384"}, "max_seq_length is '384', and no int"),
+        ({"doc_stride": True}, "doc_stride is True, and no int"),
+        ({"max_answer_length": 0}, "max_answer_length is 0, and below 1"),
+        ({"unanswerable": 1}, "unanswerable is 1, and no bool"),
+        ({"null_threshold": None}, "null_threshold is None, and no float"),
+        ({"unknown": 1}, "unexpected keyword argument 'unknown'"),
+        ([], "max_seq_length is None, and no int"),
+    ],
+)
+def test_settings_of_other_kinds_are_refused_where_they_are_read(tmp_path, values, problem):
+    (tmp_path / "reader.json").write_text(json.dumps(values))
+    with pytest.raises(UserError, match=f"reader.json: is not what run_mrc.py writes: .*{problem}"):
+        Decoding.load(tmp_path)
+    (tmp_path / "reader.json").write_text('{"null_threshold": 1}')
+    assert Decoding.load(tmp_path) == Decoding(null_threshold=1)

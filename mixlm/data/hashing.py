@@ -61,8 +61,9 @@ def hash_file(file: str | Path, progress: tqdm) -> str:
 
 def _read_memory(memory: Path) -> dict[str, dict]:
     try:
-        return json.loads(memory.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        entries = json.loads(memory.read_text(encoding="utf-8"))
+        return {file: entry for file, entry in entries.items() if entry.keys() == {"size", "mtime_ns", "blake2b"}}
+    except (OSError, ValueError, RecursionError, AttributeError):
         return {}
 
 

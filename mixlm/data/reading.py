@@ -245,6 +245,8 @@ def best_spans(
             f"n_best_size {n_best_size} and max_answer_length {max_answer_length}: both must be 1 or more; "
             "20 and 30 are usual"
         )
+    longest = max((len(window.offsets) for window in windows), default=0)
+    max_answer_length = min(max_answer_length, max(1, longest))  # none is longer, and a table is as wide
     # Row t, column l of the table: the span from token t on that is l tokens longer than one. Windows are stacked.
     tables, starts, ends, offsets = [], [], [], []
     for window, window_starts, window_ends in zip(windows, start_logits, end_logits, strict=True):

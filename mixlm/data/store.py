@@ -267,7 +267,7 @@ def _open_whole(folder: Path) -> TokenizedCorpus | None:
             if found != size:
                 raise ValueError(f"{name} has {found} bytes instead of {size}")
         return TokenizedCorpus(folder)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
         logger.warning("%s: the tokenized corpus is damaged (%s); it is built again", folder, error)
         return None
 

@@ -4,7 +4,6 @@ An evaluation leaves a line about each question in the run's folder. The report 
 the data nor the model.
 """
 
-import json
 import math
 import re
 import unicodedata
@@ -13,6 +12,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NamedTuple, get_origin
 
+from ..data.json_lines import parse_json
 from ..errors import UserError
 from .reading_errors import ERROR_KINDS
 
@@ -101,10 +101,7 @@ def load_judged(file: Path) -> list[JudgedQuestion]:
     questions = []
     # Not str.splitlines: a question may have a raw U+2028 in it.
     for number, line in enumerate(text.removesuffix("\n").split("\n"), start=1):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{file}, line {number}: not JSON: {error.msg}; {advice}") from error
+        record = parse_json(line, file, number, advice)
         if not _is_judged(record):
             raise UserError(f"{file}, line {number}: not what an evaluation says about a question; {advice}")
         questions.append(JudgedQuestion(**record))

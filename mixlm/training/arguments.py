@@ -392,7 +392,7 @@ def _from_json(arguments_class: type[Arguments], path: Path) -> Arguments:
         raise UserError(f"{path}: no such file") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, lists in lists in lists
         raise UserError(f"{path}: not a JSON file: {one_line(error)}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path}: holds a JSON {type(values).__name__}, expected an object of arguments")
@@ -427,8 +427,8 @@ def _has_type(value: Any, annotation: Any) -> bool:
         return any(type(value) is type(allowed) and value == allowed for allowed in get_args(annotation))
     if get_args(annotation):  # a union
         return any(_has_type(value, part) for part in get_args(annotation))
-    if annotation is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if annotation is float and isinstance(value, int):  # of hundreds of digits, it cannot be one
+        return not isinstance(value, bool) and abs(value) <= sys.float_info.max
     if annotation is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, annotation)

@@ -181,7 +181,7 @@ def read_state(folder: Path) -> dict[str, Any]:
         ) from error
     except OSError as error:
         raise UserError(f"{file_error(error)}; use an older checkpoint") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{folder / STATE_FILE}: damaged ({type(error).__name__}: {error}); use an older checkpoint"
         ) from error

@@ -194,8 +194,8 @@ class TestFile:
     @pytest.mark.parametrize(
         ("damage", "message"),
         [
-            (lambda text: text[:-20], "line 2: not JSON"),
-            (lambda text: "", "line 1: not JSON"),
+            (lambda text: text[:-20], "line 2, column .*: not JSON"),
+            (lambda text: "", "line 1, column .*: not JSON"),
             (lambda text: text + "[]\n", "line 3: not what an evaluation says about a question"),
             (lambda text: text.replace('"windows": 1', '"windows": "1"'), "line 1: not what"),
             (lambda text: text.replace('"windows": 1', '"windows": 0'), "line 1: not what"),
