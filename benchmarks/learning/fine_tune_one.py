@@ -44,6 +44,7 @@ TASKS: dict[str, tuple[Any, type, dict[str, Any]]] = {
             "train_batch_size": 16,
             "learning_rate": 5e-4,
             "metric": "korquad_v1",
+            "do_train": True,  # and no second evaluation: the loop has made one after its last step
         },
     ),
     "retrieval": (
