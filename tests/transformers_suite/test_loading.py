@@ -64,6 +64,22 @@ def test_half_precision(model_class, fields, dtype, argument, tmp_path):
     assert model_class.from_pretrained(tmp_path / "again", dtype="auto").dtype == dtype
 
 
+@EVERY_HEAD
+def test_attention_implementations(model_class, fields, tmp_path):
+    """Those of transformers compute ordinary attention; carried scores have their own form, whatever is asked for."""
+    for residual_attention in (False, True):
+        build(model_class, residual_attention=residual_attention, **fields).save_pretrained(tmp_path)
+        found = []
+        for implementation in ("eager", "sdpa"):
+            model = model_class.from_pretrained(tmp_path, attn_implementation=implementation).eval()
+            assert model.config._attn_implementation == implementation
+            with torch.no_grad():
+                found.append(dict(model(**batch()).items()))
+        assert_same(*found, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="does not support Flash Attention 2"):
+        model_class.from_pretrained(tmp_path, attn_implementation="flash_attention_2")
+
+
 def device_map(model, offloaded):
     """Every module on the CPU, but for those whose name ends in `offloaded`: on the disk."""
     placed = {}

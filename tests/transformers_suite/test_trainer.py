@@ -1,5 +1,8 @@
 """transformers' `Trainer`, for people who do not want our loop: it trains and evaluates every head."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -169,6 +172,18 @@ def test_accumulated_gradients_are_of_the_same_size(model_class, trainer_of):
         torch.testing.assert_close(stepped[2][name], parameter, rtol=1e-4, atol=1e-6, msg=f"{name} differs")
 
 
+@EVERY_HEAD
+def test_gradient_checkpointing_changes_no_step(model_class, fields, trainer_of):
+    trained = {}
+    for checkpointing in (False, True):
+        model = build(model_class, **fields)
+        trainer_of(model, max_steps=2, activation_checkpointing=checkpointing, optim="sgd").train()
+        assert model.is_activation_checkpointing == checkpointing
+        trained[checkpointing] = model.state_dict()
+    for name, parameter in trained[False].items():
+        torch.testing.assert_close(trained[True][name], parameter, rtol=1e-5, atol=1e-6, msg=f"{name} differs")
+
+
 @pytest.mark.parametrize("model_class", [MixLMForMaskedLM, MixLMForPreTraining])
 def test_goes_on_from_its_own_checkpoint(model_class, trainer_of):
     model = build(model_class)
@@ -178,3 +193,16 @@ def test_goes_on_from_its_own_checkpoint(model_class, trainer_of):
     trainer.train(resume_from_checkpoint=f"{trainer.args.output_dir}/checkpoint-2")
     for (name, parameter), other in zip(model.named_parameters(), again.parameters(), strict=True):
         torch.testing.assert_close(other, parameter, msg=f"{name} differs")
+
+
+def test_the_page_works_as_printed(tmp_path, monkeypatch, capsys):
+    """In both languages it is the same program."""
+    repository = Path(__file__).parents[2]
+    pages = [(repository / "docs" / name).read_text("utf-8") for name in ("transformers.md", "transformers.ko.md")]
+    program, other = (re.search(r"```python\n(.*?)```", page, re.DOTALL)[1] for page in pages)
+    assert program == other
+    (tmp_path / "mixlm").mkdir()
+    (tmp_path / "mixlm" / "sample").symlink_to(repository / "mixlm" / "sample")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(program, "transformers.md", "exec"), {"__name__": "__main__"})
+    assert "eval_accuracy" in capsys.readouterr().out
