@@ -1,4 +1,7 @@
 import json
+import re
+import shlex
+from pathlib import Path
 
 import pytest
 
@@ -71,3 +74,20 @@ def test_what_is_wrong_is_said_in_a_line(files, capsys, options, message):
     assert end.value.code == 2
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(error) == 1 and message.format(files) in error[0]
+
+
+def test_the_page_works_as_printed(files, monkeypatch, capsys):
+    """In both languages it has the same program and command."""
+    repository = Path(__file__).parents[1]
+    pages = [(repository / "docs" / name).read_text("utf-8") for name in ("data.md", "data.ko.md")]
+    blocks, others = (re.findall(r"```(python|console)\n(.*?)```", page, re.DOTALL) for page in pages)
+    assert blocks == others
+    (_, program), (_, command) = blocks
+    (files / "mixlm").mkdir()
+    (files / "mixlm" / "sample").symlink_to(repository / "mixlm" / "sample")
+    monkeypatch.chdir(files)
+    monkeypatch.setenv("MIXLM_CACHE", str(files / "cache"))
+    exec(compile(program, "data.md", "exec"), {})
+    assert re.search(r"^\d+ documents, \d+ tokens\n\(Answer\(text='섬', start=5\),\)$", capsys.readouterr().out, re.M)
+    main(shlex.split(command.removeprefix("$ mixlm ")))
+    assert re.search(r"known texts +66 +100.00%", capsys.readouterr().out)
