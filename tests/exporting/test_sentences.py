@@ -1,6 +1,8 @@
 """What sentence-transformers makes of an exported folder, in a process without this package."""
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +14,8 @@ from mixlm.data.passages import Passage
 from mixlm.encoder import Encoding, MixLMEncoder
 from mixlm.exporting.sentences import export_sentence_transformers
 
+DOCS = Path(__file__).parents[2] / "docs" / "export.md"
+CODE_OF_DOCS = re.findall(r"```python\n(.*?)```", DOCS.read_text("utf-8"), flags=re.DOTALL)[0]
 LONG = "서울 은 한국 의 수도 이다 . " * 4
 QUERIES = ["서울", "서울 은 한국 의 수도 이다 .", "[SEP] 한국 [MASK]", LONG, "", " 한국"]
 TITLES = ["", "한국", "[CLS]", "서울 수도", "한국", " "]
@@ -82,7 +86,9 @@ def test_vectors_are_those_of_the_model_without_the_package(tmp_path):
     folders = [*MODELS, *SAVED_AGAIN]
     asked = {"queries": QUERIES, "titles": TITLES, "folders": folders, "saved_again": SAVED_AGAIN}
     (tmp_path / "asked.json").write_text(json.dumps(asked), "utf-8")
-    run_without_package(SCRIPT, tmp_path)
+    export_sentence_transformers(tmp_path / "source" / "mean", tmp_path / "outputs" / "for-sentence-transformers")
+    shown = run_without_package(SCRIPT + CODE_OF_DOCS, tmp_path)
+    assert re.search(r"tensor\(\[\[-?\d.*, -?\d.*\]\]\)", shown)  # one question, two passages
     for folder in folders:
         for batch_size, rounding in ((1, 0), (4, 1e-5)):  # other texts in a batch change the last digits
             found = np.load(tmp_path / f"{folder} {batch_size}.npz")
