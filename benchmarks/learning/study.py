@@ -17,7 +17,8 @@ again, and a run that was killed goes on from its last checkpoint (with a task: 
 
 A line with a `task` ("reading" or "retrieval", see fine_tune_one.py) fine-tunes a model that another line has kept:
 `"of": {"table": "pretrained", "name": "MixLM, SOP"}` is that line, for the same seed or the one that is given there as
-`seed`. It is made again when that line has changed. A budget of 0 steps evaluates the model as it is.
+`seed`. It is made after that line, and again when that line has changed. A budget of 0 steps evaluates the model as it
+is.
 """
 
 import argparse
@@ -162,7 +163,10 @@ def make(run: dict[str, Any], paths: dict[str, str], work: Path, results: Path) 
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "specification.json"
     tokenizer = str(work / f"tokenizer-{run['vocabulary']}")
-    source = {"source": source_of(run, work)} if run["task"] else {}
+    try:
+        source = {"source": source_of(run, work)} if run["task"] else {}
+    except UserError as error:  # its pretraining has failed
+        return str(error)
     file.write_text(json.dumps({**run, **paths, **source, "tokenizer": tokenizer}), "utf-8")
     environment = {
         **os.environ,
@@ -208,19 +212,23 @@ def main() -> None:
     if any(run["task"] for run in due) and arguments.questions is None:
         raise UserError("--questions is missing: some lines have a task")
     work = arguments.work_dir.resolve()
+    keys_of_due = {key_of(run) for run in due}
     for run in due:
-        if run["task"]:
+        if run["task"] and run["source_key"] not in keys_of_due:
             source_of(run, work)  # what is missing is said before hours of other runs
     work.mkdir(parents=True, exist_ok=True)
     for vocabulary in sorted({run["vocabulary"] for run in due}):
         prepare_tokenizer(arguments.corpus_path, vocabulary, work)
     failed = 0
-    with ThreadPoolExecutor(arguments.at_once) as pool:
-        makings = pool.map(lambda run: make(run, paths, work, arguments.results), due)
-        for run, failure in tqdm(zip(due, makings, strict=True), total=len(due), unit="run", desc="study"):
-            if failure:
-                failed += 1
-                tqdm.write(f"{run['name']}, seed {run['seed']}: {failure}")
+    with ThreadPoolExecutor(arguments.at_once) as pool, tqdm(total=len(due), unit="run", desc="study") as progress:
+        # What is fine-tuned must have been pretrained.
+        for part in ([run for run in due if not run["task"]], [run for run in due if run["task"]]):
+            makings = pool.map(lambda run: make(run, paths, work, arguments.results), part)
+            for run, failure in zip(part, makings, strict=True):
+                progress.update()
+                if failure:
+                    failed += 1
+                    progress.write(f"{run['name']}, seed {run['seed']}: {failure}")
     if failed:
         raise UserError(f"{failed} of {len(due)} runs failed; started again, the study goes on with them")
 

@@ -366,6 +366,19 @@ def test_search_is_judged_as_by_the_commands(tmp_path, capsys):
                 assert found[f"p/{name}"] == pytest.approx(printed["difference"][name]["p_value"])
 
 
+def test_what_is_pretrained_in_the_same_study_is_fine_tuned_after_it(tmp_path, monkeypatch, capsys):
+    kept_models(tmp_path, monkeypatch)
+    made = []
+    monkeypatch.setattr(study, "make", lambda run, *_: made.append((run["name"], run["seed"])) or "")
+    monkeypatch.setattr(study, "prepare_tokenizer", lambda *_: None)
+    tasks = table(tmp_path, TASK)
+    options = ["--corpus_path", "c", "--questions", "q", "--work_dir", str(tmp_path / "work"), "--at_once", "1"]
+    files = [str(tasks), str(tmp_path / "kept.jsonl")]
+    monkeypatch.setattr(sys, "argv", ["study.py", *files, *options, "--results", str(tmp_path / "results.jsonl")])
+    study.main.__wrapped__()
+    assert made == [("a", 1), ("a", 2), ("reads", 1), ("reads", 2)]
+
+
 def test_a_model_that_was_not_kept_is_named_before_any_run(tmp_path, monkeypatch):
     kept_models(tmp_path, monkeypatch)
     monkeypatch.setattr(study, "make", lambda *_: pytest.fail("a run was made"))
