@@ -190,7 +190,7 @@ def dataset_fingerprint(rows: "Dataset | IterableDataset") -> str:
     except Exception as error:  # whatever pickling leads to
         raise UserError(
             f"dataset {type(rows).__name__}: cannot be told from others ({type(error).__name__}: {one_line(error)}); "
-            "make it of functions that can be pickled, without open files or locks"
+            "make it of files, and of functions that can be pickled"
         ) from error
 
 
