@@ -47,16 +47,8 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help")
 
 
-@exits_on_user_error
-def main(argv: list[str] | None = None) -> None:
-    """Run one verb.
-
-    Args:
-        argv: the arguments after `mixlm`; those of the process if None.
-
-    Raises:
-        SystemExit: with 2 after an error of the user's, with 0 after `--help`.
-    """
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all verbs; what it returns has the verb's function as `run`."""
     parser = _Parser(prog="mixlm", description="Encoders for retrieval and machine reading: everything but training.")
     subparsers = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
     add_data_parser(subparsers)
@@ -78,5 +70,18 @@ def main(argv: list[str] | None = None) -> None:
     add_verify_engines_parser(subparsers)
     add_convert_parser(subparsers)
     add_export_parser(subparsers)
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+@exits_on_user_error
+def main(argv: list[str] | None = None) -> None:
+    """Run one verb.
+
+    Args:
+        argv: the arguments after `mixlm`; those of the process if None.
+
+    Raises:
+        SystemExit: with 2 after an error of the user's, with 0 after `--help`.
+    """
+    arguments = build_parser().parse_args(argv)
     arguments.run(arguments)
