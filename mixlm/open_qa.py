@@ -129,7 +129,8 @@ class OpenQA:
         choice: Choice | None = None,
     ):
         self.index, self.reader, self.top_k = index, reader, top_k
-        self.find, self.unused = find or index.find, None
+        self.find = find or index.find
+        self.unused: str | None = None
         self.choice = choice or self._stored_choice()
 
     def answer(self, question: str) -> OpenAnswer:

@@ -121,7 +121,7 @@ def fine_tune_one(specification: dict[str, Any], folder: Path) -> dict[str, Any]
         if not steps:  # it has seen none of the questions
             of_all = search_quality(encoder, file, folder / "index", None, None)
             metrics |= {f"all questions/{name}": value for name, value in of_all.items()}
-    return {"steps": steps, "tokens": meter.tokens, "metrics": metrics}
+    return {"steps": steps, "tokens_seen": meter.tokens, "metrics": metrics}
 
 
 def load_encoder(folder: str, is_peer: bool) -> MixLMEncoder:

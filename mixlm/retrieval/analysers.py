@@ -38,7 +38,7 @@ class BigramAnalyser:
     """
 
     name = "bigrams"
-    libraries = ("PyStemmer",)
+    libraries: tuple[str, ...] = ("PyStemmer",)
 
     def __init__(self):
         self._stemmer = required("Stemmer").Stemmer("english")
@@ -61,7 +61,7 @@ class MorphemeAnalyser:
     """Morphemes that Kiwi finds, without particles and endings; foreign words as with `BigramAnalyser`."""
 
     name = "morphemes"
-    libraries = ("PyStemmer", "kiwipiepy", "kiwipiepy_model")
+    libraries: tuple[str, ...] = ("PyStemmer", "kiwipiepy", "kiwipiepy_model")
 
     def __init__(self):
         self._stemmer = required("Stemmer").Stemmer("english")

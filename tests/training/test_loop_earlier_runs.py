@@ -28,7 +28,12 @@ def test_a_new_run_takes_the_older_model_away(make_arguments, run_training):
     for name in ("config.json", "model.safetensors", "notes.txt"):
         (arguments.run_folder / name).write_text("older")
     run_training(make_arguments(num_steps=2, overwrite_output_dir=True))
-    assert sorted(path.name for path in arguments.run_folder.iterdir()) == ["checkpoints", "notes.txt", "tensorboard"]
+    assert sorted(path.name for path in arguments.run_folder.iterdir()) == [
+        "checkpoints",
+        "notes.txt",
+        "run.json",
+        "tensorboard",
+    ]
 
 
 def test_a_checkpoint_of_another_run_does_not_open_a_used_folder(make_arguments, run_training, checkpoint_folder):
