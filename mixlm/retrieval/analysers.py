@@ -40,7 +40,7 @@ class BigramAnalyser:
     name = "bigrams"
     libraries: tuple[str, ...] = ("PyStemmer",)
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._stemmer = required("Stemmer").Stemmer("english")
 
     def terms(self, text: str) -> list[str]:
@@ -63,7 +63,7 @@ class MorphemeAnalyser:
     name = "morphemes"
     libraries: tuple[str, ...] = ("PyStemmer", "kiwipiepy", "kiwipiepy_model")
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._stemmer = required("Stemmer").Stemmer("english")
         required("kiwipiepy")
         self._kiwi = kiwi()
