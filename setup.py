@@ -32,7 +32,7 @@ setup(
         "pyarrow>=24",
         "safetensors>=0.8",
         "tensorboard>=2.21",
-        "tokenizers>=0.23.2",
+        "tokenizers>=0.23.3",
         "tqdm>=4.67",
     ],
     extras_require={
