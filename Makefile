@@ -3,10 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := demo-output
+TESTS_MIN := tests/data tests/evaluation tests/retrieval tests/training/test_checkpoint.py tests/training/test_loop.py \
+	$(addprefix tests/test_,$(addsuffix .py,configuration conversion encoder golden heads open_qa reader remote_code \
+	serving tokenization))
 QUESTIONS := mixlm/sample/ko_questions.json
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint format bench bench-growth clean
+.PHONY: help demo test test-all test-min lint format package bench bench-growth clean
 
 help:  ## Show this help
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,13 +54,26 @@ test: $(VENV)/installed  ## Run every test that takes seconds
 test-all: $(VENV)/installed  ## Run the slow tests too
 	$(BIN)/python -m pytest -n 2 -m ''
 
-lint: $(VENV)/installed  ## Check style
+# In an environment of its own. The slow and the browser's tests, and those of the export, are of the newest alone.
+test-min: setup.py constraints-min.txt  ## Run the quick tests with the oldest versions that setup.py allows
+	@test -x $(VENV)-min/bin/python || $(PYTHON) -m venv $(VENV)-min
+	$(VENV)-min/bin/pip install --quiet $$(grep '^torch==' constraints-min.txt)
+	$(VENV)-min/bin/pip install --quiet --constraint constraints-min.txt --editable '.[korean,retrieval,demo,plot]' \
+		$$(grep -E '^(hypothesis|parameterized|pytest|pytest-timeout|pytest-xdist|pytrec_eval-terrier)==' constraints.txt)
+	$(VENV)-min/bin/python -m pytest -n 2 $(TESTS_MIN)
+
+lint: $(VENV)/installed  ## Check style, spelling and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/typos
+	$(BIN)/mypy
 
 format: $(VENV)/installed  ## Mend style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+package: $(VENV)/installed  ## Build the wheel and the source archive into dist/
+	$(BIN)/python -m build
 
 bench: $(VENV)/installed  ## Measure speed and memory: benchmarks/results.json and its README (half an hour)
 	$(BIN)/python benchmarks/run.py
@@ -66,4 +82,4 @@ bench-growth: $(VENV)/installed  ## Measure how the cost of a step grows: benchm
 	$(BIN)/python benchmarks/growth.py
 
 clean:  ## Remove what the targets made
-	rm -rf $(VENV) $(DEMO) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-min $(DEMO) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
