@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 
 import mixlm
 
@@ -45,6 +46,20 @@ def test_the_version_is_in_one_place():
     files = [*REPOSITORY.glob("*.py"), *REPOSITORY.glob("*.toml"), *(REPOSITORY / "mixlm").rglob("*.py")]
     found = [file.relative_to(REPOSITORY).as_posix() for file in files if pattern.search(file.read_text("utf-8"))]
     assert found == ["mixlm/__init__.py"]
+
+
+def test_what_is_tested_as_the_oldest_is_what_is_allowed():
+    def pinned(file: str) -> dict[str, str]:
+        lines = (REPOSITORY / file).read_text("utf-8").splitlines()
+        return dict(line.split("==") for line in lines if not line.startswith("#"))
+
+    required = (REPOSITORY / "setup.py").read_text("utf-8").partition('"export"')[0]  # that extra has newer needs
+    allowed = dict(re.findall(r'"([\w-]+)>=([\d.]+)', required)) | {"matplotlib": "3.10"}
+    oldest = pinned("constraints-min.txt")
+    assert allowed.keys() == oldest.keys()
+    for name, version in oldest.items():
+        assert Version(version) == Version(allowed[name]), name
+        assert Version(version) <= Version(pinned("constraints.txt")[name]), name
 
 
 @pytest.fixture(scope="module")
