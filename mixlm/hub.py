@@ -114,7 +114,7 @@ def files_to_push(folder: Path) -> list[str]:
         targets = json.loads(configuration.read_text("utf-8")).get("auto_map", {}).values()
         code = {folder / f"{target.partition('.')[0]}.py" for target in targets}
         code |= {Path(file) for module in code for file in get_relative_import_files(module)}
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, RecursionError, AttributeError) as error:
         raise UserError(f"{configuration}: the code it names cannot be found: {one_line(error)}") from error
     published = {name for name in names if any(fnmatchcase(name, pattern) for pattern in PUBLISHED)}
     return sorted(published | {file.name for file in code})

@@ -29,6 +29,7 @@ from mixlm.encoder import Encoding, MixLMEncoder
 from mixlm.errors import UserError, one_line
 from mixlm.evaluation.reading_report import load_judged
 from mixlm.evaluation.retrieval_files import read_qrels, read_queries, read_run, read_squad_judgements
+from mixlm.hub import files_to_push
 from mixlm.reader import MixLMReader
 from mixlm.retrieval.analysers import BigramAnalyser
 from mixlm.retrieval.index import build_index, is_tuned, open_index
@@ -36,7 +37,9 @@ from mixlm.retrieval.vectors import StoredVectors, encode_passages
 from mixlm.tokenization import load_tokenizer, tokenizer_from_vocab
 from mixlm.training import checkpoint
 from mixlm.training.arguments import PretrainingArguments, parse_arguments
+from mixlm.training.batch_size import RememberedSizes
 from mixlm.training.reading import ReadingArguments
+from mixlm.training.record import read_record
 from mixlm.training.retrieval import RetrievalArguments
 
 INPUTS = 10_000
@@ -53,6 +56,9 @@ JUDGED = {
 }  # fmt: skip
 RUN = {"corpus_path": "c", "tokenizer": "t", "model_name": "m", "num_steps": 3, "learning_rate": 1e-3, "bf16": True}
 FINE_TUNING = {"model_name_or_path": "m", "train_file": ["t.json"], "output_dir": "o", "max_minutes": None}
+
+
+RECORD = {"commands": [], "arguments": {}, "data": [], "languages": [], "versions": {}}
 
 
 def lines(*records) -> bytes:
@@ -88,6 +94,10 @@ class Parser(NamedTuple):
 def make_model(folder: Path) -> None:
     save_reader(folder, [TEXT, "섬이다."])
     Encoding(max_query_length=8, max_passage_length=32).save(folder)
+
+
+def make_weights(folder: Path) -> None:
+    (folder / "model.safetensors").touch()
 
 
 def make_index(folder: Path) -> None:
@@ -164,6 +174,11 @@ PARSERS = {
     "judged": Parser("questions.jsonl", lines(JUDGED), load_judged),
     "config": Parser("c.json", CONFIG, read_config, errors=(ValueError,)),
     "older-config": Parser("c.json", OLDER_CONFIG, read_config, errors=(ValueError,)),
+    "record": Parser("run.json", as_json(RECORD), lambda file: read_record(file.parent)),
+    "batch-sizes": Parser("s.json", as_json({"a": 8}), RememberedSizes, refuses=False),
+    "published": Parser(
+        "config.json", as_json({"auto_map": {}}), lambda file: files_to_push(file.parent), make_weights
+    ),
     "arguments": Parser("a.json", as_json(RUN), arguments_of(PretrainingArguments)),
     "arguments-reading": Parser("a.json", as_json(FINE_TUNING), arguments_of(ReadingArguments)),
     "arguments-retrieval": Parser("a.json", as_json(FINE_TUNING), arguments_of(RetrievalArguments)),

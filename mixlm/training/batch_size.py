@@ -165,7 +165,7 @@ class RememberedSizes:
         self.path = path
         try:
             self.sizes = dict(json.loads(path.read_text("utf-8")))
-        except (OSError, ValueError, TypeError):
+        except (OSError, ValueError, RecursionError, TypeError):
             self.sizes = {}
 
     def get(self, fingerprint: str) -> int | None:

@@ -228,7 +228,7 @@ def _read_json(file: Path) -> dict[str, Any]:
             raise ValueError("no JSON object")
     except FileNotFoundError:
         return {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: cannot be read: {one_line(error)}") from error
     return found
 

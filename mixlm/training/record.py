@@ -80,11 +80,11 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     file = folder / RECORD_FILE
     try:
         record = json.loads(file.read_text("utf-8"))
-        if not {"commands", "arguments", "data", "languages", "versions"} <= set(record):
+        if not {"commands", "arguments", "data", "languages", "versions"} <= dict(record).keys():
             raise ValueError("an entry is missing")
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, RecursionError, TypeError) as error:
         raise UserError(f"{file}: is not what a training writes: {one_line(error)}; delete it") from error
     return record
 
