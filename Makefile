@@ -44,8 +44,8 @@ demo: $(VENV)/installed  ## From text to answers on the bundled articles: pretra
 	$(BIN)/mixlm fill-mask --model $(DEMO)/tiny "제주도는 우리나라에서 가장 [MASK] 섬으로, 한반도 남쪽 바다에 있다."
 	@echo "Two questions that the reader was trained on, and one about an article that it was not:"
 	$(BIN)/mixlm ask --index $(DEMO)/index --reader $(DEMO)/reader "우주에 김치를 가져간 한국인은 누구인가?"
-	$(BIN)/mixlm ask --index $(DEMO)/index --reader $(DEMO)/reader "하멜은 어느 나라 사람인가?"
-	$(BIN)/mixlm ask --index $(DEMO)/index --reader $(DEMO)/reader "우리나라에서 전등이 가장 먼저 켜진 곳은 어디인가?"
+	$(BIN)/mixlm ask --index $(DEMO)/index --reader $(DEMO)/reader "로마에서 기독교를 믿을 자유가 인정된 해는 언제인가?"
+	$(BIN)/mixlm ask --index $(DEMO)/index --reader $(DEMO)/reader "20세기에 탄소를 대신하여 필라멘트로 쓰인 것은?"
 	@echo "Ask more on a web page: $(BIN)/mixlm serve --index $(DEMO)/index --reader $(DEMO)/reader"
 
 test: $(VENV)/installed  ## Run every test that takes seconds
