@@ -9,7 +9,7 @@ TESTS_MIN := tests/data tests/evaluation tests/retrieval tests/training/test_che
 QUESTIONS := mixlm/sample/ko_questions.json
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-min lint format package bench bench-growth clean
+.PHONY: help browser demo test test-all test-min lint format package bench bench-growth clean
 
 help:  ## Show this help
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -20,11 +20,13 @@ $(VENV)/installed: setup.py constraints.txt
 	@echo "installing into $(VENV) (a minute or two) ..."
 	@$(BIN)/pip install --quiet $$(grep '^torch==' constraints.txt)
 	@$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[plot,dev]'
-	@# For tests/browser, which are skipped without it; nothing else needs it.
+	@touch $@
+
+# For tests/browser, which are skipped without it; nothing else needs it.
+browser:
 	@command -v chromedriver >/dev/null || ! command -v apt-get >/dev/null || test "$$(id -u)" != 0 || \
 		timeout 300 sh -c 'apt-get -qq update && apt-get -qq install -y chromium chromium-driver fonts-nanum' \
 		>/dev/null 2>&1 || true
-	@touch $@
 
 demo: $(VENV)/installed  ## From text to answers on the bundled articles: pretrain, fine-tune, index, ask (minutes)
 	@rm -rf $(DEMO)
@@ -48,14 +50,14 @@ demo: $(VENV)/installed  ## From text to answers on the bundled articles: pretra
 	$(BIN)/mixlm ask --index $(DEMO)/index --reader $(DEMO)/reader "20세기에 탄소를 대신하여 필라멘트로 쓰인 것은?"
 	@echo "Ask more on a web page: $(BIN)/mixlm serve --index $(DEMO)/index --reader $(DEMO)/reader"
 
-test: $(VENV)/installed  ## Run every test that takes seconds
+test: $(VENV)/installed browser  ## Run every test that takes seconds
 	$(BIN)/python -m pytest -n 2
 
-test-all: $(VENV)/installed  ## Run the slow tests too
+test-all: $(VENV)/installed browser  ## Run the slow tests too
 	$(BIN)/python -m pytest -n 2 -m ''
 
-# In an environment of its own. The slow and the browser's tests, and those of the export, are of the newest alone.
-test-min: setup.py constraints-min.txt  ## Run the quick tests with the oldest versions that setup.py allows
+# In an environment of its own. The loop, the scripts, the Hub and the exports are tested with the newest alone.
+test-min: setup.py constraints-min.txt  ## Run tests of models, data and retrieval with the oldest versions allowed
 	@test -x $(VENV)-min/bin/python || $(PYTHON) -m venv $(VENV)-min
 	$(VENV)-min/bin/pip install --quiet $$(grep '^torch==' constraints-min.txt)
 	$(VENV)-min/bin/pip install --quiet --constraint constraints-min.txt --editable '.[korean,retrieval,demo,plot]' \

@@ -8,22 +8,22 @@ or with `accelerate launch` or `torchrun` on several processes, or `python run_i
 `--validation_file` some articles of the training file are held out (`--validation_articles`, `--validation_split`).
 """
 
-from dataclasses import asdict
 from functools import partial
 
 import torch
 
 from mixlm.encoder import load_for_retrieval
 from mixlm.errors import exits_on_user_error
+from mixlm.loading import require_vocabulary
 from mixlm.tokenization import load_tokenizer
 from mixlm.training.arguments import parse_arguments
 from mixlm.training.batches import TrainingBatches
-from mixlm.training.fine_tuning import read_questions, run_seeds, write_lines
+from mixlm.training.fine_tuning import read_questions, run_seeds, write_skipped
 from mixlm.training.loop import train
 from mixlm.training.objectives import RetrievalObjective
 from mixlm.training.publishing import push_run
 from mixlm.training.retrieval import RetrievalArguments, evaluate_retrieval, pairs_of_corpus, pairs_of_questions
-from mixlm.training.run import SKIPPED_FILE, end_processes, finish_run, on_main_process, prepare_run
+from mixlm.training.run import end_processes, finish_run, prepare_run
 
 
 def run(arguments: RetrievalArguments) -> dict[str, float]:
@@ -36,13 +36,13 @@ def run(arguments: RetrievalArguments) -> dict[str, float]:
         questions = read_questions(arguments, "null_passage")
         for note in questions.notes:
             accelerator.print(note)
-        skipped = map(asdict, questions.skipped)
-        on_main_process(accelerator, lambda: write_lines(arguments.run_folder / SKIPPED_FILE, skipped))
+        write_skipped(questions.skipped, arguments, accelerator)
         data = pairs_of_questions(arguments, questions, texts)
     else:
         data = pairs_of_corpus(arguments, tokenizer, texts)
     model, new_weights = load_for_retrieval(source, **arguments.model_fields)
     arguments.encoding.require_room(model, source)
+    require_vocabulary(model, source, tokenizer)
     if new_weights:
         accelerator.print(f"{source} has no {', '.join(new_weights)}: they are trained anew")
     arguments.fit_schedule(len(data.training), accelerator.num_processes)

@@ -17,17 +17,18 @@ from mixlm.data.squad import read_squad
 from mixlm.errors import UserError, exits_on_user_error
 from mixlm.evaluation.reading import count_korean
 from mixlm.evaluation.reading_report import QUESTIONS_FILE
-from mixlm.loading import require_room
+from mixlm.loading import require_room, require_vocabulary
 from mixlm.reader import MixLMReader, load_for_reading
 from mixlm.tokenization import load_tokenizer
 from mixlm.training.arguments import parse_arguments
 from mixlm.training.batches import TrainingBatches
-from mixlm.training.fine_tuning import Questions, read_questions, run_seeds, write_lines
+from mixlm.training.fine_tuning import Questions, read_questions, run_seeds, write_lines, write_skipped
 from mixlm.training.loop import train
 from mixlm.training.objectives import ReadingObjective
 from mixlm.training.publishing import push_run
 from mixlm.training.reading import (
     ReadingArguments,
+    changed_decoding,
     chosen_metric,
     decoding_of,
     judged_questions,
@@ -52,17 +53,19 @@ def train_reader(arguments: ReadingArguments, accelerator: Accelerator, question
     if not has_head:
         accelerator.print(f"{source} has no head for question answering: a new one is trained")
     require_room(model, source, max_seq_length=arguments.max_seq_length)
+    require_vocabulary(model, source, tokenizer)
     decoding, metric = decoding_of(arguments), chosen_metric(arguments, questions.validation)
     training = decoding.windows(questions.training, tokenizer, training=True)
     held_out = decoding.windows(questions.validation, tokenizer)
     arguments.fit_schedule(len(training), accelerator.num_processes)
     accelerator.print(
         f"{len(training.examples):,} questions in {len(training):,} windows to train on for {arguments.num_steps:,} "
-        f"steps, {len(questions.validation):,} in {len(held_out):,} to evaluate on; {training.cut_questions:,} "
-        "questions were longer than max_query_length and cut"
+        f"steps, {len(questions.validation):,} in {len(held_out):,} to evaluate on; "
+        f"{training.cut_questions + held_out.cut_questions:,} questions are longer than max_query_length and cut"
     )
-    skipped = [*questions.skipped, *training.skipped]
-    on_main_process(accelerator, lambda: write_lines(arguments.run_folder / SKIPPED_FILE, map(asdict, skipped)))
+    if training.skipped:
+        accelerator.print(f"{len(training.skipped):,} questions cannot be learned from: {SKIPPED_FILE}")
+    write_skipped([*questions.skipped, *training.skipped], arguments, accelerator)
 
     def evaluate(engine: Engine) -> dict[str, float]:
         scores = window_scores(engine, held_out, arguments.train_batch_size, tokenizer.pad_token_id, accelerator)
@@ -78,14 +81,13 @@ def train_reader(arguments: ReadingArguments, accelerator: Accelerator, question
 def load_reader(folder: str, arguments: ReadingArguments, accelerator: Accelerator) -> MixLMReader:
     """The reader that answers: the one just trained, or that of `model_name_or_path`."""
     rows = arguments.train_batch_size or EVALUATION_ROWS
-    reader = MixLMReader.from_pretrained(folder, accelerator.device, rows, decoding_of(arguments))
+    tokenizer = None if arguments.tokenizer is None else load_tokenizer(arguments.tokenizer)
+    reader = MixLMReader.from_pretrained(folder, accelerator.device, rows, decoding_of(arguments), tokenizer)
     if reader.decoding.unanswerable != arguments.version_2_with_negative:
         flag = "give" if reader.decoding.unanswerable else "leave out"
         raise UserError(f"--model_name_or_path {folder}: was trained otherwise; {flag} --version_2_with_negative")
-    if arguments.tokenizer is not None:
-        reader.tokenizer = load_tokenizer(arguments.tokenizer)
-    if arguments.korean_particles:
-        reader.decoding = replace(reader.decoding, korean_particles=True)
+    reader.decoding = replace(reader.decoding, **changed_decoding(arguments))
+    require_room(reader.model, folder, max_seq_length=reader.decoding.max_seq_length)
     return reader
 
 
@@ -102,6 +104,8 @@ def run(arguments: ReadingArguments) -> dict[str, float]:
     if arguments.do_train:
         metrics = train_reader(arguments, accelerator, questions)
         model = str(folder)
+    elif arguments.do_eval:
+        write_skipped(questions.skipped, arguments, accelerator)
     if arguments.do_eval:
         reader = load_reader(model, arguments, accelerator)
         metric = chosen_metric(arguments, questions.validation)

@@ -24,7 +24,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from mixlm.retrieval.index_dense import KINDS, DenseIndex
 
 RESULTS = Path(__file__).with_suffix(".json")
-PAGE = Path(__file__).parents[1] / "docs" / "retrieval.md"
+# The pages that show the table, and what they call its columns.
+PAGES = {
+    "retrieval.md": "passages|index|threads|p50 (ms)|p99 (ms)|recall@10|bytes per passage|build (min)",
+    "retrieval.ko.md": "문단|색인|스레드|p50(ms)|p99(ms)|recall@10|문단당 바이트|만드는 시간(분)",
+}
 BEGIN, END = "<!-- search speed: begin -->", "<!-- search speed: end -->"
 DIMENSION, TOP_K = 256, 20
 QUESTIONS, WARM_UP = 500, 20
@@ -79,9 +83,8 @@ def measure(passages: int, kind: str) -> dict[str, str | int | float]:
     }
 
 
-def table(rows: list[dict]) -> str:
-    """As docs/retrieval.md shows them."""
-    names = list(rows[0])
+def table(rows: list[dict], names: list[str]) -> str:
+    """As a page shows them."""
     lines = [names, ["---"] * len(names), *(list(row.values()) for row in rows)]
     return "\n".join(
         "| " + " | ".join(f"{cell:,}" if isinstance(cell, int | float) else cell for cell in line) + " |"
@@ -89,11 +92,13 @@ def table(rows: list[dict]) -> str:
     )
 
 
-def put_on_page(rows: list[dict], page: Path) -> None:
+def put_on_pages(rows: list[dict]) -> None:
     """Put the table between its marks."""
-    before, rest = page.read_text("utf-8").split(BEGIN)
-    _, after = rest.split(END)
-    page.write_text(f"{before}{BEGIN}\n\n{table(rows)}\n\n{END}{after}", "utf-8")
+    for name, columns in PAGES.items():
+        page = Path(__file__).parents[1] / "docs" / name
+        before, rest = page.read_text("utf-8").split(BEGIN)
+        _, after = rest.split(END)
+        page.write_text(f"{before}{BEGIN}\n\n{table(rows, columns.split('|'))}\n\n{END}{after}", "utf-8")
 
 
 def main() -> None:
@@ -106,7 +111,7 @@ def main() -> None:
             rows.append(measure(passages, kind))
             print(json.dumps(rows[-1]), flush=True)
     RESULTS.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-    put_on_page(rows, PAGE)
+    put_on_pages(rows)
 
 
 if __name__ == "__main__":

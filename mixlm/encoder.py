@@ -16,7 +16,7 @@ from .data.batching import evaluation_batches
 from .data.passages import Passage
 from .data.retrieval import EncodedTexts, RetrievalTokenizer
 from .errors import UserError
-from .loading import StoredSettings, hash_of_weights, loading, require_room
+from .loading import StoredSettings, hash_of_weights, loading, require_room, require_vocabulary
 from .tokenization import load_tokenizer
 
 MODEL_TYPES = (MixLMConfig.model_type, MixLMSwitchConfig.model_type)
@@ -159,8 +159,10 @@ class MixLMEncoder:
         model, _ = load_for_retrieval(name)
         encoding = Encoding.load(name) or Encoding.of(model)
         encoding.require_room(model, name)
+        tokenizer = load_tokenizer(name)
+        require_vocabulary(model, name, tokenizer)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        return cls(model.to(device), load_tokenizer(name), encoding, batch_size)
+        return cls(model.to(device), tokenizer, encoding, batch_size)
 
     def encode_queries(self, queries: Sequence[str]) -> np.ndarray:
         """Vectors [queries, hidden], float32."""

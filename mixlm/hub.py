@@ -185,7 +185,8 @@ def _cause(error: Exception) -> str:
     if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
         return _cause(error.__cause__)
     if not isinstance(error, HfHubHTTPError):
-        return f"the Hub cannot be reached or does not take it: {one_line(error) or type(error).__name__}"
+        what = "the Hub cannot be reached" if isinstance(error, HTTPError) else "it cannot be pushed"
+        return f"{what}: {one_line(error) or type(error).__name__}"
     status = error.response.status_code
     said = error.server_message or error.response.reason_phrase
     advice = _ADVICE.get(status)

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Self
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, StrictDataclassError
 from safetensors import SafetensorError
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from .errors import UserError, one_line
@@ -46,6 +46,16 @@ def require_room(model: PreTrainedModel, name: str, **lengths: int) -> None:
     for argument, length in lengths.items():
         if length > longest:
             raise UserError(f"--{argument}={length}: {name} takes at most {longest} tokens (max_position_embeddings)")
+
+
+def require_vocabulary(model: PreTrainedModel, name: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Raise UserError if the tokenizer has tokens that the model called `name` does not know."""
+    known = model.config.vocab_size
+    if len(tokenizer) > known:
+        raise UserError(
+            f"{name}: knows {known:,} tokens, and the tokenizer {tokenizer.name_or_path} has {len(tokenizer):,}; use "
+            "the one that the model was trained with"
+        )
 
 
 class StoredSettings:

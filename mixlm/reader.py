@@ -23,7 +23,7 @@ from .data.particles import require_kiwi
 from .data.reading import Reading, ReadingWindows, read_answers
 from .data.squad import ReadingExample
 from .errors import UserError
-from .loading import StoredSettings, loading, require_room
+from .loading import StoredSettings, loading, require_room, require_vocabulary
 from .tokenization import load_tokenizer
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
@@ -183,6 +183,7 @@ class MixLMReader:
         device: str | torch.device | None = None,
         batch_size: int = 32,
         decoding: Decoding | None = None,
+        tokenizer: PreTrainedTokenizerFast | None = None,
     ) -> "MixLMReader":
         """The reader in a folder, or on the Hub.
 
@@ -191,6 +192,7 @@ class MixLMReader:
             device: None is a GPU where there is one.
             batch_size: windows that are read at once.
             decoding: for a model beside which none is saved.
+            tokenizer: None is the model's own.
 
         Raises:
             UserError: it cannot be loaded, has not been trained to answer questions, or cannot read such windows.
@@ -201,8 +203,10 @@ class MixLMReader:
             raise UserError(f"{name}: is not trained to answer questions; train it with run_mrc.py")
         decoding = Decoding.load(name) or decoding or Decoding()
         require_room(model, name, max_seq_length=decoding.max_seq_length)
+        tokenizer = tokenizer or load_tokenizer(name)
+        require_vocabulary(model, name, tokenizer)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        return cls(model.to(device), load_tokenizer(name), decoding, batch_size)
+        return cls(model.to(device), tokenizer, decoding, batch_size)
 
     def answer(self, question: str, context: str) -> ReadAnswer:
         """The answer to a question about a text."""

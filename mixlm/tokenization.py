@@ -511,6 +511,8 @@ def answers_on_token_borders(
 ) -> set[tuple[str, Answer]]:
     """Which answers begin where a token begins and end where a token ends, so that a span of tokens can hit them.
 
+    Blanks around a token do not count, as they do not in an answer that is read: some tokenizers have them in it.
+
     Args:
         tokenizer: any fast tokenizer.
         answers: contexts, each with an answer in it. They are tokenized whole, whatever the longest input of a model.
@@ -527,8 +529,9 @@ def answers_on_token_borders(
         for batch in _batches(answers_of.items()):
             encodings = backend.encode_batch([context for context, _ in batch], add_special_tokens=False)
             for (context, golds), encoding in zip(batch, encodings, strict=True):
-                starts = {start for start, _ in encoding.offsets}
-                ends = {end for _, end in encoding.offsets}
+                tokens = [(start, end, context[start:end]) for start, end in encoding.offsets]
+                starts = {end - len(token.lstrip()) for _, end, token in tokens}
+                ends = {start + len(token.rstrip()) for start, _, token in tokens}
                 on_borders.update((context, gold) for gold in golds if gold.start in starts and gold.end in ends)
             progress.update(len(batch))
     return on_borders

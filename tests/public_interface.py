@@ -1,4 +1,4 @@
-"""A program that uses mixlm as its documentation says: not run, but read by mypy (`make types`).
+"""A program that uses mixlm as its documentation says: not run, but read by mypy (`make lint`).
 
 What a user gets is what is written here behind each call; where the package changed a signature, this would not pass.
 """

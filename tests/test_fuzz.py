@@ -38,8 +38,8 @@ from mixlm.tokenization import load_tokenizer, tokenizer_from_vocab
 from mixlm.training import checkpoint
 from mixlm.training.arguments import PretrainingArguments, parse_arguments
 from mixlm.training.batch_size import RememberedSizes
+from mixlm.training.card import write_card
 from mixlm.training.reading import ReadingArguments
-from mixlm.training.record import read_record
 from mixlm.training.retrieval import RetrievalArguments
 
 INPUTS = 10_000
@@ -58,7 +58,19 @@ RUN = {"corpus_path": "c", "tokenizer": "t", "model_name": "m", "num_steps": 3, 
 FINE_TUNING = {"model_name_or_path": "m", "train_file": ["t.json"], "output_dir": "o", "max_minutes": None}
 
 
-RECORD = {"commands": [], "arguments": {}, "data": [], "languages": [], "versions": {}}
+FILE = {"name": "t.json", "bytes": 7, "blake2b": "ab"}
+RECORD = {
+    "commands": [{"command": "python run_mrc.py", "first_step": 0}],
+    "arguments": {"processes": 1, "max_seq_length": 24},
+    "base_model": {"name": "m", "hub_model_id": None},
+    "languages": ["ko"],
+    "data": [
+        {"argument": "train_file", "name": "t.json", "files": [FILE]},
+        {"argument": "dataset_name", "name": "me/data", "fingerprints": {"train": "f00"}},
+    ],
+    "device": "CPU",
+    "versions": {"torch": "2.13.0"},
+}
 
 
 def lines(*records) -> bytes:
@@ -135,6 +147,12 @@ def read_everything(folder: Path) -> None:
     MixLMEncoder.from_pretrained(folder, "cpu").encode_passages(PASSAGES)
 
 
+def write_card_of(file: Path) -> None:
+    """Always a new one, of what is in the folder."""
+    (file.parent / "README.md").unlink(missing_ok=True)
+    write_card(file.parent, "me/m", None)
+
+
 def all_of(read: Callable[[Path], object]) -> Callable[[Path], object]:
     """Reads to the end what is read in a stream."""
     return lambda file: list(read(file))
@@ -174,7 +192,10 @@ PARSERS = {
     "judged": Parser("questions.jsonl", lines(JUDGED), load_judged),
     "config": Parser("c.json", CONFIG, read_config, errors=(ValueError,)),
     "older-config": Parser("c.json", OLDER_CONFIG, read_config, errors=(ValueError,)),
-    "record": Parser("run.json", as_json(RECORD), lambda file: read_record(file.parent)),
+    "card-record": Parser("run.json", as_json(RECORD), write_card_of),
+    "card-results": Parser("eval_results.json", as_json({"eval/f1": 61.25, "eval/total": 16}), write_card_of),
+    "card-config": Parser("config.json", CONFIG, write_card_of),
+    "card-weights": Parser("model.safetensors", None, write_card_of, make_model),
     "batch-sizes": Parser("s.json", as_json({"a": 8}), RememberedSizes, refuses=False),
     "published": Parser(
         "config.json", as_json({"auto_map": {}}), lambda file: files_to_push(file.parent), make_weights

@@ -190,7 +190,7 @@ def test_a_token_that_is_not_taken_is_told_and_not_shown(hub, monkeypatch):
 def test_a_hub_that_is_not_there_is_one_line(monkeypatch):
     with HubStandIn() as hub:
         hub.use_here(monkeypatch)
-    with pytest.raises(HubError, match=f"{NAME}: the Hub cannot be reached or does not take it: ") as caught:
+    with pytest.raises(HubError, match=f"{NAME}: the Hub cannot be reached: ") as caught:
         open_repository(NAME, private=False)
     assert "\n" not in str(caught.value)
 

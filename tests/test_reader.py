@@ -12,7 +12,7 @@ import mixlm
 from mixlm import cli
 from mixlm.errors import UserError
 from mixlm.reader import Decoding, MixLMReader
-from mixlm.tokenization import train_tokenizer
+from mixlm.tokenization import load_tokenizer, train_tokenizer
 
 CONTEXT = "그는 서울에서 태어났다. 나중에 부산에서 살았다. " * 6
 
@@ -83,6 +83,32 @@ def test_the_command_line_answers_one_and_many(folder, tmp_path, capsys):
         assert (line["text"], line["start"], line["end"]) == expected[:3]
 
 
+def test_a_byte_order_mark_is_no_text(folder, tmp_path, capsys):
+    said = []
+    for encoding in ("utf-8", "utf-8-sig"):
+        (tmp_path / "context.txt").write_text(CONTEXT, encoding)
+        flags = ["--question", "태어난 곳은?", "--context_file", str(tmp_path / "context.txt")]
+        cli.main(["read", "--model", str(folder), *flags])
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1]
+
+
+@pytest.mark.parametrize("answers", [{}, {"answers": []}, {"answers": {"text": [""], "answer_start": [-1]}}])
+def test_what_is_only_asked_needs_no_answers(folder, tmp_path, capsys, answers):
+    """Also where a file hides them."""
+    row = {"id": "q", "question": "태어난 곳은?", "context": CONTEXT, "is_impossible": False, **answers}
+    (tmp_path / "asked.jsonl").write_text(json.dumps(row))
+    cli.main(["read", "--model", str(folder), "--file", str(tmp_path / "asked.jsonl")])
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(folder):
+    tokenizer = load_tokenizer(str(folder))
+    tokenizer.add_tokens(["새말"])
+    with pytest.raises(UserError, match=r"knows \d+ tokens, and the tokenizer .* has \d+"):
+        MixLMReader.from_pretrained(folder, tokenizer=tokenizer)
+
+
 def test_particles_are_dropped_where_the_decoding_or_the_command_line_says_so(folder, tmp_path, capsys, monkeypatch):
     # Whatever the random model likes: from the first word to the last of one that has a particle.
     monkeypatch.setattr(
@@ -120,11 +146,17 @@ def scores_of(window, length: int) -> tuple[np.ndarray, np.ndarray]:
         (["--question", "x", "--file", "y"], "give --question with --context"),
         (["--question", " ", "--context", "x"], "both must hold text"),
         (["--question", "x", "--context_file", "nowhere"], "--context_file nowhere: cannot be read"),
+        (["--question", "x", "--context", ""], "both must hold text"),
+        (["--question", "\udcff", "--context", "x"], "--question: character 0 is no text"),
+        (["--question", "x", "--context", "y\udcff"], "--context: character 1 is no text"),
         (["--file", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--file", "empty.json"], "--file empty.json: no questions in it"),
         (["--question", "x", "--context", "y", "--batch_size", "0"], "--batch_size 0: must be 1 or more"),
     ],
 )
-def test_what_is_wrong_is_one_line(folder, flags, message, capsys):
+def test_what_is_wrong_is_one_line(folder, flags, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.json").write_text('{"data": []}')
     with pytest.raises(SystemExit) as ended:
         cli.main(["read", "--model", str(folder), *flags])
     assert ended.value.code == 2

@@ -38,6 +38,16 @@ def test_both_languages_show_the_same_commands_and_tables():
     assert table_cells(ENGLISH) == table_cells(KOREAN)
 
 
+def test_what_is_installed_is_enough_for_the_commands():
+    """Of the extras, `retrieval` is what an index needs, and `plot` what a report draws with."""
+    (extras,) = re.findall(r"^\$ pip install --constraint constraints.txt '\.\[(.*)\]'$", ENGLISH, flags=re.MULTILINE)
+    needs = {"index": "retrieval", "encode": "retrieval", "search": "retrieval", "ask": "retrieval", "report": "plot"}
+    needs |= {"mine": "retrieval", "tune": "retrieval", "serve": "demo", "export": "export"}
+    used = set(re.findall(r"^\$ mixlm (\w+)", ENGLISH, flags=re.MULTILINE))
+    assert {"index", "search", "report"} <= used
+    assert {needs[verb] for verb in used if verb in needs} <= set(extras.split(","))
+
+
 def test_python_blocks_are_python():
     for block in re.findall(r"```python\n(.*?)```", ENGLISH, flags=re.DOTALL):
         ast.parse(block)

@@ -14,7 +14,7 @@ DATA = Path(os.environ.get("MIXLM_DATA", REPOSITORY.parent / "shared" / "data"))
 # What is not run here, and why: a block of commands is known by what it begins with.
 NOT_RUN = {
     "$ make": "demo has a test of its own below, and test is this one",
-    "$ pip install torch": "the package is installed where tests run",
+    "$ python3 -m venv": "the package is installed where tests run",
     "$ python benchmarks/learning/study.py": "takes hours",
 }
 

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForQuestionAnswering,
+    AutoTokenizer,
     BertConfig,
     BertForMaskedLM,
     RobertaConfig,
@@ -18,9 +19,10 @@ from transformers import (
 )
 
 import mixlm
+from mixlm.data.squad import read_squad
 from mixlm.errors import UserError
 from mixlm.evaluation.reading_report import load_judged, scores_of, telling_aspects
-from mixlm.reader import Decoding
+from mixlm.reader import Decoding, MixLMReader
 from mixlm.tokenization import train_tokenizer
 from mixlm.training.reading import ReadingArguments
 from mixlm.training.report import read_curves
@@ -40,7 +42,11 @@ PRETRAINED = {
     ("mixlm", "sop"): mixlm.MixLMForPreTraining,
     ("mixlm", "mlm"): mixlm.MixLMForMaskedLM,
     ("mixlm", "retrieval"): mixlm.MixLMForRetrieval,
+    ("mixlm", "ict"): mixlm.MixLMForPreTraining,
     ("switch", "sop"): mixlm.MixLMSwitchForPreTraining,
+    ("switch", "mlm"): mixlm.MixLMSwitchForMaskedLM,
+    ("switch", "retrieval"): mixlm.MixLMSwitchForRetrieval,
+    ("switch", "ict"): mixlm.MixLMSwitchForPreTraining,
 }
 
 
@@ -81,8 +87,9 @@ def prepared(tmp_path_factory) -> Path:
     for (family, head), model_class in PRETRAINED.items():
         config_class, fields = FAMILIES[family]
         common = {"hidden_size": 32, "num_hidden_layers": 2, "max_position_embeddings": 64, "dropout_prob": 0.0}
+        objective = {"pretraining_objective": head} if head in ("sop", "ict") else {}
         torch.manual_seed(0)
-        model_class(config_class(vocab_size=len(tokenizer), **common, **fields)).save_pretrained(
+        model_class(config_class(vocab_size=len(tokenizer), **common, **fields, **objective)).save_pretrained(
             folder / f"{family}-{head}"
         )
         tokenizer.save_pretrained(folder / f"{family}-{head}")
@@ -193,8 +200,17 @@ def test_killed_before_its_first_checkpoint_a_run_goes_on(run, tmp_path):
 
 def test_the_saved_model_is_one_for_transformers(run, prepared):
     folder = run(num_steps=1)
-    model = AutoModelForQuestionAnswering.from_pretrained(folder)
+    model = AutoModelForQuestionAnswering.from_pretrained(folder).eval()
     assert type(model).__name__ == "MixLMForQuestionAnswering"
+    # Its logits are those that the answers were read from.
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    (paragraph,) = [each for each in article(10)["paragraphs"] if each["qas"][0]["id"] == "10-0-0"]
+    with torch.no_grad():
+        outputs = model(**tokenizer(paragraph["qas"][0]["question"], paragraph["context"], return_tensors="pt"))
+    best = json.loads((folder / "nbest_predictions.json").read_text("utf-8"))["10-0-0"][0]
+    for name in ("start_logit", "end_logit"):
+        logits = getattr(outputs, f"{name}s")[0]
+        assert (logits - best[name]).abs().min() < 1e-5, name
     for name in (
         "predictions.json",
         "nbest_predictions.json",
@@ -207,8 +223,12 @@ def test_the_saved_model_is_one_for_transformers(run, prepared):
 
 @pytest.mark.parametrize(("family", "head"), PRETRAINED)
 def test_it_begins_with_any_head_of_either_family(run, prepared, family, head):
-    folder = run(model_name_or_path=prepared / f"{family}-{head}")
-    assert (folder / "config.json").is_file()
+    """What is below the head is the pretrained model's."""
+    source = prepared / f"{family}-{head}"
+    folder = run(model_name_or_path=source, num_steps=1, learning_rate=1e-9)
+    before, after = load_file(source / "model.safetensors"), load_file(folder / "model.safetensors")
+    kept = {name: tensor for name, tensor in after.items() if not name.startswith("qa_outputs.")}
+    assert kept and all(torch.allclose(tensor, before[name], atol=1e-7) for name, tensor in kept.items())
 
 
 def test_it_trains_models_of_transformers_too(run, prepared, tmp_path):
@@ -346,6 +366,12 @@ def test_seeds_on_several_processes(prepared, tmp_path):
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("±") == len(json.loads((tmp_path / "out" / "seeds.json").read_text("utf-8")))
+    # What two processes have read together, one reads alone.
+    reader = MixLMReader.from_pretrained(tmp_path / "out" / "seed-2")
+    answers = predictions(tmp_path / "out" / "seed-2")
+    examples = [each for each in read_squad(prepared / "v1.json").examples if each.id in answers]
+    assert len(examples) == len(answers) > 2
+    assert answers == {each.id: reader.answer(each.question, each.context).text for each in examples}
 
 
 @pytest.mark.parametrize(
@@ -382,6 +408,23 @@ def test_questions_are_answered_without_training(run, prepared, tmp_path):
     assert len(asked) == 48 and asked.items() >= predictions(folder).items()
 
 
+def test_an_evaluation_says_what_it_cannot_use_and_reads_as_it_is_told(run, prepared, tmp_path, capsys):
+    reader = run(num_steps=1, do_train=True)
+    articles = [article(number) for number in range(2)]
+    articles[0]["paragraphs"][0]["qas"][0]["answers"][0]["text"] = "없는 곳"
+    articles[1]["paragraphs"][0]["qas"][0]["question"] = "태어난 곳은? " * 8
+    answering = {"train_file": None, "validation_articles": None, "model_name_or_path": reader}
+    data = write(tmp_path / "data.json", articles)
+    folder = run(**answering, output_dir=tmp_path / "answers", validation_file=data, n_best_size=2)
+    said = capsys.readouterr().out
+    assert "1 answers are not where the file says, nor once nearby: skipped_answers.jsonl" in said
+    assert "1 questions are longer than max_query_length and cut" in said
+    (skipped,) = (folder / "skipped_answers.jsonl").read_text("utf-8").splitlines()
+    assert json.loads(skipped)["id"] == "0-0-0"
+    best = json.loads((folder / "nbest_predictions.json").read_text("utf-8"))
+    assert {len(candidates) for candidates in best.values()} == {2}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -393,6 +436,11 @@ def test_questions_are_answered_without_training(run, prepared, tmp_path):
         ({"validation_articles": "20:30"}, "no question is in this range"),
         ({"doc_stride": 30}, "doc_stride 30"),
         ({"seeds": [-1]}, "seeds=[-1]: must be one or more different numbers"),
+        ({"seeds": [1], "do_eval": True}, "seeds=[1]: must be left out where nothing is trained"),
+        (
+            {"train_file": None, "validation_articles": None, "validation_file": ENGLISH, "do_train": True},
+            "--do_train: nothing to train on; give --train_file or --dataset_name",
+        ),
         ({"seeds": [1, 1]}, "seeds=[1, 1]: must be one or more different numbers"),
         ({"seeds": [1], "resume": "out/checkpoints/step-00000001"}, "must be auto or never with seeds"),
         ({"n_best_size": 0}, "n_best_size=0: must be at least 1"),
@@ -441,7 +489,7 @@ def test_what_is_evaluated_on_is_not_trained_on(run, tmp_path, capsys):
     articles = [article(number) for number in range(4)]
     given = {"train_file": write(tmp_path / "train.json", articles), "num_steps": 1}
     given |= {"train_articles": None, "validation_articles": None}
-    with pytest.raises(UserError, match="--validation_file: 4 of its questions, such as '3-0-0', are trained on"):
+    with pytest.raises(UserError, match="4 of the questions to evaluate on, such as '3-0-0', are trained on"):
         run(**given, validation_file=write(tmp_path / "same.json", articles[3:]))
     for paragraph in articles[3]["paragraphs"]:
         for each in paragraph["qas"]:

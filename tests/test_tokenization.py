@@ -16,10 +16,12 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from mixlm import tokenization
+from mixlm.data.squad import Answer
 from mixlm.errors import UserError
 from mixlm.tokenization import (
     LONGEST_WORD,
     SPECIAL_TOKENS,
+    answers_on_token_borders,
     load_tokenizer,
     tokenizer_from_vocab,
     tokenizer_report,
@@ -472,6 +474,15 @@ class TestReport:
         assert (report.answers, report.answers_on_token_borders, report.misplaced_answers) == (7, 5, 1)
         assert report.em_ceiling == 5 / 7
         assert math.isnan(report.unk_rate) and math.isnan(report.tokens_per_eojeol)
+
+    def test_blanks_in_tokens_do_not_count(self):
+        """A reader leaves them out: what is read from the tokens " quick" and " brown" begins with the q."""
+        backend = Tokenizer(models.WordLevel({"The": 0, "Ġquick": 1, "Ġbrown": 2, "Ġfox": 3}, unk_token="The"))
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False)
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+        context = "The quick brown fox"
+        hit, missed = Answer("quick brown", 4), Answer("uick brown", 5)
+        assert answers_on_token_borders(tokenizer, [(context, hit), (context, missed)]) == {(context, hit)}
 
     def test_truncation_and_padding_of_the_tokenizer_do_not_count(self, toy, tmp_path):
         file = self.squad(tmp_path, self.question("q", (7, "간다")))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..files import require_free
+from .finding import text_of
 from .tables import table
 
 
@@ -31,7 +32,7 @@ def add_read_parser(subparsers) -> None:
         help="answer questions about texts with a model trained by run_mrc.py",
         description=(
             "Answer a question about a text, or the questions of a SQuAD-style file or of JSON lines with "
-            '"question" and "context", one answer a line.'
+            '"id", "question" and "context", one answer a line.'
         ),
         epilog=(
             'examples:\n  mixlm read --model my-reader --question "언제 났나?" --context "그는 1397년에 태어났다."\n'
@@ -134,16 +135,20 @@ def read_verb(arguments: argparse.Namespace) -> None:
 def _questions_to_read(arguments: argparse.Namespace) -> list[tuple[str, str, str]]:
     """Id, question and context of each question that `mixlm read` was given."""
     if arguments.file is None:
-        try:
-            context = arguments.context or arguments.context_file.read_text("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--context_file {arguments.context_file}: cannot be read: {error}") from error
-        if not arguments.question.strip() or not context.strip():
+        question, context = text_of("--question", arguments.question), arguments.context
+        if context is None:
+            try:
+                context = arguments.context_file.read_text("utf-8-sig")  # without a byte order mark
+            except (OSError, UnicodeDecodeError) as error:
+                raise UserError(f"--context_file {arguments.context_file}: cannot be read: {error}") from error
+        if not question.strip() or not context.strip():
             raise UserError("--question and --context: both must hold text")
-        return [("", arguments.question, context)]
+        return [("", question, text_of("--context", context))]
     from ..data.squad import read_squad
 
     examples = read_squad(arguments.file, to_learn_from=False).examples
+    if not examples:
+        raise UserError(f"--file {arguments.file}: no questions in it")
     return [(example.id, example.question, example.context) for example in examples]
 
 

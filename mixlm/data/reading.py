@@ -354,7 +354,7 @@ def read_answers(
         if unanswerable:
             null = null_span(starts, ends)
             null_odds = null.score - answer.score
-            if null_odds > null_threshold:
+            if null_odds > null_threshold or not spans:
                 answer = null
             ranked = sorted([*spans, null], key=lambda span: -span.score)
             # The best answer and "no answer" are candidates however few there are: a threshold decides between them.

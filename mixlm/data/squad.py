@@ -109,7 +109,8 @@ def read_squad(paths: str | PathLike | Iterable[str | PathLike], *, to_learn_fro
 
     Args:
         paths: a file, a folder that is searched recursively (hidden files are left out), or a list of these.
-        to_learn_from: refuse data in which no question has an answer. Otherwise questions need not have `answers`.
+        to_learn_from: refuse data in which no question has an answer. Otherwise questions need not have `answers`,
+            and empty ones are left out: those of files whose answers are hidden.
 
     Returns:
         The questions. Each entry of `data` is an article; of `.jsonl` files all lines of the same title are one.
@@ -362,7 +363,9 @@ class _Collector:
         is_impossible = "is_impossible" in node and node["is_impossible"].truth()
         has_none = is_impossible or not (self.to_learn_from or "answers" in node)
         given = [] if has_none else list(_given_answers(node["answers"]))
-        if not given and not is_impossible and "is_impossible" in node:
+        if not self.to_learn_from:
+            given = [(text, start) for text, start in given if text.text().strip()]
+        elif not given and not is_impossible and "is_impossible" in node:
             raise UserError(
                 f"{node['answers']}: no answer although is_impossible is false; give an answer or set it to true"
             )
@@ -383,7 +386,7 @@ class _Collector:
                     SkippedAnswer(
                         name,
                         f"the answer {text!r} is not at {start}, where {context[start : start + len(text)]!r} is; "
-                        + (f"of {occurrences} occurrences none is meant clearly" if occurrences else "it is nowhere"),
+                        + (f"of {occurrences} elsewhere none is clearly meant" if occurrences else "it is nowhere"),
                     )
                 )
                 continue
@@ -423,13 +426,11 @@ def _given_answers(answers: _Node) -> Iterator[tuple[_Node, _Node]]:
 
 
 def _locate(context: str, text: str, start: int) -> int | None:
-    """Where an answer is: where the file says, or where it is once nearby, or once at all."""
+    """Where an answer is: where the file says, or else where it is once nearby."""
     if context.startswith(text, start):
         return start
-    everywhere = _occurrences(context, text)
-    nearby = [place for place in everywhere if abs(place - start) <= NEARBY]
-    places = nearby or everywhere
-    return places[0] if len(places) == 1 else None
+    nearby = [place for place in _occurrences(context, text) if abs(place - start) <= NEARBY]
+    return nearby[0] if len(nearby) == 1 else None
 
 
 def _occurrences(context: str, text: str) -> list[int]:

@@ -247,7 +247,7 @@ class _Evaluation:
         runs = np.unique(_runs([word for sentence in words for word in sentence]))
         places = np.searchsorted(self.runs, runs)
         places = places[places < len(self.runs)]
-        places = places[np.isin(self.runs[places], runs)]
+        places = np.unique(places[np.isin(self.runs[places], runs)])  # also what lies just below a run has its place
         if len(places):
             self.is_found[places] = True
             texts = np.concatenate([self.text_of_run[self.borders[k] : self.borders[k + 1]] for k in places])

@@ -63,6 +63,8 @@ def export_onnx(
         required(package, "export")
     name = str(name_or_path)
     examples = read_squad(squad_file, to_learn_from=False).examples
+    if not examples:
+        raise UserError(f"{squad_file}: no questions in it; the exported model is compared by some")
     model, settings, graphs, compare = (_reader if _is_reader(name) else _encoder)(name, examples)
     suffixes = [FLOAT_SUFFIX, INT8_SUFFIX] if int8 else [FLOAT_SUFFIX]
     with new_folder(out) as folder:

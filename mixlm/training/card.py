@@ -7,13 +7,14 @@ import hashlib
 import json
 import math
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from .. import __version__
 from ..data.text_files import write_text
@@ -194,9 +195,12 @@ def write_card(folder: Path, name: str, license: str | None, step: int | None = 
         if file.exists() and not is_generated(file.read_text("utf-8")):
             return [f"{file} was written by hand and is pushed as it is; without it a new one would be written"]
         notes = [] if step is not None else _draw(folder)
-        text = _Card(folder, name, license, step).text()
+        # JSON can hold halves of surrogate pairs, and a file cannot.
+        text = _Card(folder, name, license, step).text().encode("utf-8", "replace").decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: is not UTF-8: {one_line(error)}") from error
+    except SafetensorError as error:
+        raise UserError(f"{folder}: its weights are damaged: {one_line(error)}") from error
     except OSError as error:
         raise UserError(f"{folder}: the model card cannot be written: {one_line(error)}") from error
     write_text(file, [text, f"\n<!-- Written by mixlm {__version__}; of the text above: blake2b {_hash(text)} -->\n"])
@@ -242,14 +246,18 @@ class _Card:
         self.results = {
             key.removeprefix("eval/"): value
             for key, value in _read_json(folder / RESULTS_FILE).items()
-            if isinstance(value, int | float) and math.isfinite(value)
+            if isinstance(value, int | float) and abs(value) <= sys.float_info.max
         }
         self.record = read_record(folder) or {}
         self.arguments = self.record.get("arguments", {})
         self.license = license or self.arguments.get("hub_license", "apache-2.0")
         self.languages = self.record.get("languages", [])
-        architecture = (self.config.get("architectures") or [""])[0]
+        self.model_type = str(self.config.get("model_type", "unknown"))
+        architectures = self.config.get("architectures")
+        architecture = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
         self.head = HEADS.get(architecture.partition("For")[2], _ENCODER)
+        longest = self.config.get("max_position_embeddings")
+        self.longest = longest if isinstance(longest, int) else 0
 
     def text(self) -> str:
         """The whole card, without its mark."""
@@ -267,7 +275,8 @@ class _Card:
         results = [
             EvalResult(
                 task_type=self.head.pipeline_tag,
-                dataset_type=re.sub(r"[^A-Za-z0-9]+", "-", evaluated_on).strip("-").lower(),
+                # The Hub wants it in ASCII, and not empty.
+                dataset_type=re.sub(r"[^A-Za-z0-9]+", "-", evaluated_on).strip("-").lower() or "unknown",
                 dataset_name=evaluated_on,
                 metric_type=key,
                 metric_name=key,
@@ -281,7 +290,7 @@ class _Card:
             language=self.languages or None,
             license=self.license,
             library_name="transformers",
-            tags=["mixlm", *([self.config["model_type"]] if self.config.get("model_type") != "mixlm" else [])],
+            tags=list(dict.fromkeys(["mixlm", self.model_type])),
             pipeline_tag=self.head.pipeline_tag,
             base_model=base_model,
             datasets=datasets or None,
@@ -291,9 +300,9 @@ class _Card:
         return card_data.to_yaml()
 
     def introduction(self) -> str:
-        family = {"mixlm": "MixLM", "mixlm_switch": "Switch"}.get(self.config["model_type"], self.config["model_type"])
+        family = {"mixlm": "MixLM", "mixlm_switch": "Switch"}.get(self.model_type, self.model_type)
         base = self.record.get("base_model")
-        made = f", and was fine-tuned from {base['hub_model_id'] or base['name']}" if base else ""
+        made = f", and was fine-tuned from {base.get('hub_model_id') or base['name']}" if base else ""
         unfinished = ""
         if self.step is not None:
             unfinished = (
@@ -308,14 +317,14 @@ class _Card:
 
     def tongues(self) -> str:
         """A sentence about the languages."""
-        names = [{"ko": "Korean", "en": "English"}[language] for language in self.languages]
+        names = [{"ko": "Korean", "en": "English"}.get(language, language) for language in self.languages]
         return f"It was trained on {' and '.join(names)} text." if names else ""
 
     def use(self) -> str:
         return (
             f"## Intended use and limits\n\n{self.head.use}\n\n"
             f"* {self.head.limits}\n"
-            f"* It takes up to {self.config.get('max_position_embeddings', 0):,} tokens at once.\n"
+            f"* It takes up to {self.longest:,} tokens at once.\n"
             "* It knows the languages and subjects of its data, and no others; what the data has of errors and "
             "prejudice, it has learned too.\n"
             "* It was measured on what is named below and nowhere else. Measure it on your own data, and let nothing "
@@ -326,7 +335,7 @@ class _Card:
         example = _EXAMPLES["en" if self.languages == ["en"] else "ko"]
         lengths = ("max_seq_length", "max_passage_length")
         length = next((self.arguments[key] for key in lengths if key in self.arguments), None)
-        values = {**example, "NAME": self.name, "LENGTH": str(length or self.config.get("max_position_embeddings"))}
+        values = {**example, "NAME": self.name, "LENGTH": str(length or self.longest)}
         without, own = (
             re.sub("|".join(values), lambda match: values[match[0]], code)
             for code in (self.head.example, self.head.own_example)

@@ -4,7 +4,7 @@ import copy
 import json
 import statistics
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -223,8 +223,8 @@ def _notes_of_common_texts(training: list[ReadingExample], validation: list[Read
     asked = {(example.context, example.question) for example in training}
     if common := [example.id for example in validation if (example.context, example.question) in asked]:
         raise UserError(
-            f"--validation_file: {len(common):,} of its questions, such as '{common[0]}', are trained on; what is "
-            "trained on says nothing in an evaluation"
+            f"{len(common):,} of the questions to evaluate on, such as '{common[0]}', are trained on; what is trained "
+            "on says nothing in an evaluation"
         )
     contexts = {context for context, _ in asked}
     if common := [example.id for example in validation if example.context in contexts]:
@@ -262,7 +262,7 @@ def _notes(data: ReadingData) -> list[str]:
     if data.repaired_answers:
         notes.append(f"{data.repaired_answers:,} answers stood elsewhere in their context than the file says")
     if data.skipped:
-        notes.append(f"{len(data.skipped):,} answers are not in their context and are skipped: {SKIPPED_FILE}")
+        notes.append(f"{len(data.skipped):,} answers are not where the file says, nor once nearby: {SKIPPED_FILE}")
     return notes
 
 
@@ -289,6 +289,16 @@ def run_seeds(run: Callable[[Any], dict[str, float]], arguments: FineTuningArgum
         (arguments.run_folder / "seeds.json").write_text(json.dumps(summary, indent=2) + "\n", "utf-8")
 
     on_main_process(Accelerator(cpu=not torch.cuda.is_available()), summarize)
+
+
+def write_skipped(skipped: Iterable[SkippedAnswer], arguments: FineTuningArguments, accelerator: Accelerator) -> None:
+    """Write what cannot be learned from into the run's folder."""
+
+    def write() -> None:
+        arguments.run_folder.mkdir(parents=True, exist_ok=True)
+        write_lines(arguments.run_folder / SKIPPED_FILE, map(asdict, skipped))
+
+    on_main_process(accelerator, write)
 
 
 def write_lines(file: Path, objects: Iterable[dict]) -> None:

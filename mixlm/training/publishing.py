@@ -39,13 +39,13 @@ def publish(
         UserError: it failed. What is in the folder is as before, but for the card.
     """
     files_to_push(folder)
+    notes = write_card(folder, name, license, step)
     open_repository(name, private)
     if (record := read_record(folder)) is not None:
         try:
             write_record(folder, {**record, "hub_model_id": name})  # for the card of what is trained on it
         except OSError as error:
             raise UserError(f"{file_error(error)}; the run's record cannot be written") from error
-    notes = write_card(folder, name, license, step)
     files = files_to_push(folder)
     there, here = card_on_hub(name), (folder / CARD_FILE).read_text("utf-8")
     if there is not None and there != here and not is_generated(there):

@@ -31,6 +31,10 @@ from ..tokenization import answers_on_token_borders
 from .fine_tuning import FineTuningArguments
 
 METRICS = {"korquad_v1": korquad_v1, "squad_v1": squad_v1}
+# What a run is told of its windows and answers, by the names of the fields of `Decoding`.
+DECODING_ARGUMENTS = (
+    *("max_seq_length", "doc_stride", "max_query_length", "n_best_size", "max_answer_length", "korean_particles"),
+)
 NORMALIZERS = {"korquad_v1": normalize_korquad, "squad_v1": normalize_squad}
 
 
@@ -42,7 +46,7 @@ class ReadingArguments(FineTuningArguments):
     judged_by: ClassVar[tuple[str, ...]] = (
         *("metric", "version_2_with_negative", "train_file", "dataset_name", "dataset_config_name", "train_articles"),
         *("validation_file", "validation_articles", "validation_split"),
-        *("max_seq_length", "doc_stride", "max_query_length", "n_best_size", "max_answer_length", "korean_particles"),
+        *DECODING_ARGUMENTS,
     )
 
     predict_file: list[str] | None = field(default=None, metadata={"help": "Questions to answer, as train_file."})
@@ -89,7 +93,10 @@ class ReadingArguments(FineTuningArguments):
             self.do_train = bool(self.train_file or self.dataset_name)
             self.do_eval = self.do_train or self.validation_file is not None
             self.do_predict = self.predict_file is not None
+        if self.do_train and not (self.train_file or self.dataset_name):
+            raise UserError("--do_train: nothing to train on; give --train_file or --dataset_name")
         self.require(self.do_train or not self.push_to_hub, "push_to_hub", "left out where nothing is trained")
+        self.require(self.do_train or self.seeds is None, "seeds", "left out where nothing is trained")
         has_questions = self.predict_file is not None
         self.require(has_questions or not self.do_predict, "do_predict", "left out without predict_file")
         if self.version_2_with_negative:
@@ -139,9 +146,11 @@ def reading_metrics(
     if decoding.unanswerable:
         best_answers = {id_: best_answer(candidates) for id_, candidates in predictions.nbest_predictions.items()}
         scores = squad_v2(best_answers, references, predictions.null_odds, decoding.null_threshold)
-        if scores["best_f1"] == 100 * scores.get("NoAns_total", 0) / scores["total"] and not scores["best_f1_thresh"]:
-            # The official 0 of "it is best to answer nothing": below all odds, it is a threshold that says so.
-            scores["best_f1_thresh"] = min(predictions.null_odds.values()) - 1
+        of_nothing = 100 * scores.get("NoAns_total", 0) / scores["total"]
+        for best, threshold in (("best_f1", "best_f1_thresh"), ("best_exact", "best_exact_thresh")):
+            if scores[best] == of_nothing and not scores[threshold]:
+                # The official 0 of "it is best to answer nothing": below all odds, it is a threshold that says so.
+                scores[threshold] = min(predictions.null_odds.values()) - 1
         return {"exact_match": scores.pop("exact"), **scores}
     other = next(name for name in METRICS if name != metric)
     scores = METRICS[metric](predictions.predictions, references)
@@ -203,6 +212,8 @@ def scores_over_ranks(
 ) -> tuple[ReadingWindows, WindowScores]:
     """The windows of questions and what the reader thinks of them: what `Decoding.read` takes."""
     windows = reader.decoding.windows(examples, reader.tokenizer)
+    if windows.cut_questions:
+        accelerator.print(f"{windows.cut_questions:,} questions are longer than max_query_length and cut")
     pad_token_id = reader.tokenizer.pad_token_id
     return windows, window_scores(reader.model, windows, reader.batch_size, pad_token_id, accelerator)
 
@@ -240,13 +251,14 @@ def tune_particles(
 
 def decoding_of(arguments: ReadingArguments) -> Decoding:
     """How the answers of a run come from scores, before its threshold is tuned."""
-    names = ("max_seq_length", "doc_stride", "max_query_length", "n_best_size", "max_answer_length")
-    lengths = {name: getattr(arguments, name) for name in names}
-    return Decoding(
-        **lengths,
-        unanswerable=arguments.version_2_with_negative,
-        korean_particles=arguments.korean_particles,
-    )
+    told = {name: getattr(arguments, name) for name in DECODING_ARGUMENTS}
+    return Decoding(**told, unanswerable=arguments.version_2_with_negative)
+
+
+def changed_decoding(arguments: ReadingArguments) -> dict[str, int | bool]:
+    """What a stored reader is to do in another way, by the field of its decoding: what is not said by default."""
+    told = {name: getattr(arguments, name) for name in DECODING_ARGUMENTS}
+    return {name: value for name, value in told.items() if value != getattr(ReadingArguments, name)}
 
 
 def tuned(decoding: Decoding, metrics: Mapping[str, float]) -> Decoding:
@@ -264,7 +276,7 @@ def chosen_metric(arguments: ReadingArguments, examples: Sequence[ReadingExample
 def write_predictions(predictions: Predictions, folder: Path, metrics: Mapping[str, float] | None = None) -> None:
     """Write the files of the official scripts, predictions.json, nbest_predictions.json and, for SQuAD 2.0,
     null_odds.json; and eval_results.json, if there are metrics."""
-    files = {name: content for name, content in asdict(predictions).items() if content}
+    files = {name: content for name, content in asdict(predictions).items() if content or name != "null_odds"}
     if metrics is not None:
         files["eval_results"] = {f"eval/{name}": value for name, value in metrics.items()}
     folder.mkdir(parents=True, exist_ok=True)

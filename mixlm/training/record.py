@@ -80,13 +80,41 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     file = folder / RECORD_FILE
     try:
         record = json.loads(file.read_text("utf-8"))
-        if not {"commands", "arguments", "data", "languages", "versions"} <= dict(record).keys():
-            raise ValueError("an entry is missing")
+        _require_entries(record)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError, TypeError) as error:
         raise UserError(f"{file}: is not what a training writes: {one_line(error)}; delete it") from error
     return record
+
+
+def _require_entries(record: Any) -> None:
+    """Raise ValueError unless a record has what is read of it, in the kinds that it is written in."""
+
+    def require(values: Any, **kinds: type) -> None:
+        for name, kind in kinds.items():
+            if not isinstance(values, dict) or not isinstance(values.get(name), kind):
+                raise ValueError(f"{name} is missing, or no {kind.__name__}")
+
+    require(record, commands=list, arguments=dict, data=list, languages=list, versions=dict, device=str)
+    require({"processes": 1, **record["arguments"]}, processes=int)
+    if not all(isinstance(language, str) for language in record["languages"]):
+        raise ValueError("a language is no text")
+    for command in record["commands"]:
+        require(command, command=str, first_step=int)
+    for entry in record["data"]:
+        require(entry, argument=str, name=str)
+        if "fingerprints" in entry:
+            require(entry, fingerprints=dict)
+            continue
+        require(entry, files=list)
+        for file in entry["files"]:
+            require(file, name=str, bytes=int, blake2b=str)
+    base_model = record.get("base_model")
+    if base_model is not None:
+        require(base_model, name=str)
+        if not isinstance(base_model.get("hub_model_id"), str | None):
+            raise ValueError("hub_model_id is no text")
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:
@@ -98,11 +126,14 @@ def _describe_data(arguments: TrainingArguments) -> tuple[list[dict[str, Any]], 
     """What the run reads, with hashes, and the languages of that."""
     described, samples = [], []
     for argument, source in arguments.data_sources().items():
-        entry = {"argument": argument, "name": _name_of(getattr(arguments, argument))}
+        given = getattr(arguments, argument)
+        entry = {"argument": argument, "name": _name_of(given)}
         if isinstance(source, list):
             entry["files"] = _describe_files(source, _hashes(arguments, argument, source))
             samples += samples_of(source)
         else:
+            if not Path(given).exists():
+                entry["name"] = given  # on the Hub, with its owner
             splits = load_splits(source, arguments.dataset_config_name, getattr(arguments, "streaming", False))
             entry["fingerprints"] = {name: dataset_fingerprint(split) for name, split in splits.items()}
             rows = (row for split in splits.values() for row in split.take(SAMPLED_ROWS))
@@ -126,6 +157,7 @@ def _hashes(arguments: TrainingArguments, argument: str, files: list[Path]) -> l
 
 def _describe_files(files: list[Path], hashes: list[str]) -> list[dict[str, Any]]:
     """Name, size and hash of each; `b2sum --length 128 FILE` prints the same hash."""
+    files = [file.absolute() for file in files]
     common = os.path.commonpath([file.parent for file in files])
     return [
         {

@@ -252,6 +252,10 @@ class TestWindows:
         result = predict(windows, zeros(windows), zeros(windows), unanswerable=True)
         assert result.predictions == {"q": ""} and len(result.nbest_predictions["q"]) == 1
         assert predict(windows, zeros(windows), zeros(windows)).predictions == {"q": ""}
+        # There is nothing else to choose, whatever the scores and the threshold.
+        low = [logits - 5 for logits in zeros(windows)]
+        result = predict(windows, low, low, unanswerable=True, null_threshold=1e9)
+        assert result.predictions == {"q": ""} and result.nbest_predictions["q"][0]["start_logit"] == -5
 
 
 def window_of(offsets, *, max_context=None, context_position=1, first_token=0, number=0):

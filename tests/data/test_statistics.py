@@ -104,6 +104,10 @@ def test_a_text_is_known_by_its_runs_of_words(evaluation):
     known = overlap_with(*parts)
     assert (known.touched_texts, known.known_texts, known.questions_about_known_texts) == (1, 1, 2)
     assert known.most_known[0].share == pytest.approx(24 / 33) and known.most_known[0].place == "c.dat:2"
+    # A document of other words, of which many lie just below those of the text, is not the one that has most of it.
+    others = " ".join([*(f"{word} {word}x" for word in WORDS * 200), *WORDS[:8]])
+    for documents_, place in (((text, others), "c.dat:2"), ((others, text), "c.dat:3")):
+        assert overlap_with(*documents_).most_known[0] == statistics.KnownText("0-0", 1.0, place)
     assert overlap_with(" ".join(reversed(WORDS))).touched_texts == 0
     assert overlap_with("Who is it", "who is/it").known_questions == 1
 

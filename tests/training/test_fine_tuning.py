@@ -70,4 +70,4 @@ def test_the_record_names_what_a_dataset_is_known_by(tmp_path, monkeypatch, stre
     (tmp_path / "out").mkdir()
     record_run(given, given.to_dict(), first_step=0)
     (entry,) = read_record(tmp_path / "out")["data"]
-    assert entry["name"] == "data" and list(entry["fingerprints"]) == ["train"] and entry["fingerprints"]["train"]
+    assert entry["name"] == "me/data" and list(entry["fingerprints"]) == ["train"] and entry["fingerprints"]["train"]

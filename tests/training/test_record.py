@@ -64,7 +64,7 @@ def test_data_and_base_model_are_named_with_their_hashes(tmp_path, monkeypatch):
     texts = {"a/dev.json": "서울은 한국의 수도이다.", "b/dev.json": "the capital of the land", "train.json": "부산"}
     for name, text in texts.items():
         (tmp_path / "data" / name).write_text(text, "utf-8")
-    record = {"commands": [], "arguments": {}, "data": [], "languages": [], "versions": {}}
+    record = {"commands": [], "arguments": {}, "data": [], "languages": [], "versions": {}, "device": "CPU"}
     (base / "run.json").write_text(json.dumps({**record, "hub_model_id": "me/base"}))
     arguments = fine_tuning(
         tmp_path,
@@ -100,7 +100,17 @@ def test_a_local_dataset_is_known_by_its_files(tmp_path):
     (tmp_path / "rows.jsonl").write_text("{}\n")
     arguments = fine_tuning(tmp_path, model_name_or_path="me/base", dataset_name=str(tmp_path / "rows.jsonl"))
     record_run(arguments, arguments.to_dict(), first_step=0)
-    assert [file["name"] for file in read_record(tmp_path / "out")["data"][0]["files"]] == ["rows.jsonl"]
+    (entry,) = read_record(tmp_path / "out")["data"]
+    assert entry["name"] == "rows.jsonl" and [file["name"] for file in entry["files"]] == ["rows.jsonl"]
+
+
+def test_files_may_be_named_in_both_ways(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.json", "b.json"):
+        (tmp_path / name).write_text("{}")
+    arguments = fine_tuning(tmp_path, model_name_or_path="me/base", train_file=[str(tmp_path / "a.json"), "b.json"])
+    record_run(arguments, arguments.to_dict(), first_step=0)
+    assert [file["name"] for file in read_record(tmp_path / "out")["data"][0]["files"]] == ["a.json", "b.json"]
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", "\xff"])
