@@ -1,7 +1,8 @@
 """A web page, and an interface for programs, that answer questions from an index (`mixlm serve`).
 
-`POST /api/answer` with the JSON object {"question": "..."} gives what `result_of` returns, as JSON. What cannot be
-answered, see `problem_of`, is {"error": "..."} with status 400; a body of more than 64 KiB has status 413.
+`POST /api/answer` with the JSON object {"question": "..."} gives what `result_of` returns, as JSON. Otherwise there is
+{"error": "..."}: with status 400 what cannot be answered, see `problem_of`, 413 a body of more than 64 KiB, and 503 a
+question where 200 are waiting.
 
 The page is at / in Korean and at /en in English. It asks nothing of any other server.
 """
@@ -24,6 +25,7 @@ from .retrieval.search import CANDIDATES, Search
 from .retrieval.shards import ShardedIndex
 
 LONGEST_QUESTION = 1000  # characters
+MOST_WAITING = 200  # questions; one is answered at a time, and none should wait for minutes
 LARGEST_BODY = 64 * 1024  # bytes of a request: the longest question in any encoding, and what the page sends with it
 
 # The page could not ask another server even if somebody's text got that far.
@@ -51,6 +53,7 @@ class Labels:
     lexical: str
     hybrid: str
     reader: str
+    busy: str
     empty: str
     too_long: str
     not_text: str
@@ -73,6 +76,7 @@ KOREAN = Labels(
     lexical="어휘",
     hybrid="하이브리드",
     reader="독해",
+    busy="지금은 질문이 너무 많습니다. 잠시 뒤에 다시 물어 주세요.",
     empty="질문을 적어 주세요.",
     too_long="질문은 1,000자까지 적을 수 있습니다. 지금은 {count:,}자입니다.",
     not_text="질문에 글자가 아닌 것이 들어 있습니다.",
@@ -94,6 +98,7 @@ ENGLISH = Labels(
     lexical="lexical",
     hybrid="hybrid",
     reader="reader",
+    busy="Too many questions are waiting; ask again in a while.",
     empty="The question is empty; ask something.",
     too_long="A question has at most 1,000 characters; this one has {count:,}.",
     not_text="The question holds half of a character; write it in UTF-8.",
@@ -149,7 +154,11 @@ def _rankings(answering: OpenQA, question: str) -> dict[str, list[PassageHit]]:
     if not isinstance(search, Search):
         return {"lexical": lexical}
     dense = next(search.dense([question], CANDIDATES)).hits
-    return {"dense": dense, "lexical": lexical, "hybrid": fuse(dense, lexical, index.weight, CANDIDATES)}
+    return {
+        "dense": dense,
+        "lexical": lexical,
+        "hybrid": fuse(dense, lexical, index.weight, CANDIDATES, index.passages.id_of_row),
+    }
 
 
 def build_app(answering: OpenQA, examples: Sequence[str]) -> FastAPI:
@@ -162,7 +171,10 @@ def build_app(answering: OpenQA, examples: Sequence[str]) -> FastAPI:
     app = FastAPI(openapi_url=None)  # whose pages would come with scripts from elsewhere
     one_at_a_time = CapacityLimiter(1)  # threads cannot share a tokenizer, and would only share the cores
 
-    async def ask(question: str) -> dict[str, Any]:
+    async def ask(question: str) -> dict[str, Any] | None:
+        """None where too many are waiting."""
+        if one_at_a_time.statistics().tasks_waiting >= MOST_WAITING:
+            return None
         return await to_thread.run_sync(result_of, answering, question, limiter=one_at_a_time)
 
     @app.middleware("http")
@@ -185,13 +197,15 @@ def build_app(answering: OpenQA, examples: Sequence[str]) -> FastAPI:
             return JSONResponse({"error": 'send a JSON object: {"question": "..."}'}, 400)
         if (problem := problem_of(question, ENGLISH)) is not None:
             return JSONResponse({"error": problem}, 400)
-        return JSONResponse(await ask(question))
+        result = await ask(question)
+        return JSONResponse({"error": ENGLISH.busy}, 503) if result is None else JSONResponse(result)
 
     def add_page(labels: Labels) -> None:
         async def show(question: str) -> str:
             if (problem := problem_of(question, labels)) is not None:
                 return f'<p class="notice">{escape(problem)}</p>'
-            return result_html(await ask(question), labels)
+            result = await ask(question)
+            return f'<p class="notice">{escape(labels.busy)}</p>' if result is None else result_html(result, labels)
 
         gradio.Navbar(main_page_name="한국어")
         gradio.HTML(_head_html(labels, len(answering.index.passages)), elem_id="head")
@@ -217,6 +231,7 @@ def build_app(answering: OpenQA, examples: Sequence[str]) -> FastAPI:
         gradio.on([button.click, question.submit], show, question, result, api_visibility="private")
 
     with gradio.Blocks(title="mixlm", analytics_enabled=False) as page:
+        page.queue(max_size=MOST_WAITING)
         add_page(KOREAN)
     with page.route("English", "en"):
         add_page(ENGLISH)

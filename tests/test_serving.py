@@ -9,9 +9,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import urllib.error
 import urllib.request
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing
 
 import psutil
@@ -21,6 +22,7 @@ from local_server import running
 from remote_models import tiny_model, tiny_tokenizer
 
 import mixlm
+from mixlm import serving
 from mixlm.cli import main
 from mixlm.data.passages import Passage
 from mixlm.encoder import Encoding, MixLMEncoder
@@ -290,6 +292,24 @@ def test_many_questions_at_once_get_the_answers_of_single_ones_and_memory_stays(
             ]
             memory.append(psutil.Process(server.pid).memory_info().rss / 2**20)
     assert memory[5] - memory[1] < 4, f"MiB after each round: {memory}"
+
+
+def test_of_too_many_questions_one_more_is_told_so(search, monkeypatch):
+    go_on = threading.Event()
+
+    def slow(answering, question):
+        go_on.wait(60)
+        return {"answer": question, "candidates": []}
+
+    monkeypatch.setattr(serving, "result_of", slow)
+    monkeypatch.setattr(serving, "MOST_WAITING", 2)
+    app = build_app(OpenQA(search.index, StubReader({}), search.hybrid), [])
+    with running(app) as address, ThreadPoolExecutor(4) as threads:
+        asked = [threads.submit(ask_question, address, str(number)) for number in range(4)]
+        first = next(as_completed(asked))  # the others wait
+        go_on.set()
+        assert first.result() == (503, {"error": ENGLISH.busy})
+        assert sorted(each.result()[0] for each in asked) == [200, 200, 200, 503]
 
 
 def error_of(capsys, *arguments):

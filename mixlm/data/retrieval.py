@@ -225,13 +225,16 @@ def retrieval_questions(
             if it had the answer, is a hard negative.
         number_of: gives passages their numbers.
         hard_negatives: titles and texts of passages by question id, as `read_hard_negatives` returns them. The
-            question's own text, whatever its title, is none.
+            question's own text, whatever its title, is none, and the paragraph of another question is that paragraph,
+            whatever its title: for that question it is no negative.
         most_negatives: how many of them to take for a question, the first ones.
     """
+    titles = {example.context: example.title for example in examples}
     questions = []
     for example in examples:
         own = number_of(example.title, example.context)
-        others = dict.fromkeys(each for each in hard_negatives.get(example.id, ()) if each[1] != example.context)
+        given = hard_negatives.get(example.id, ())
+        others = dict.fromkeys((titles.get(text, title), text) for title, text in given if text != example.context)
         negatives = [number_of(*each) for each in list(others)[:most_negatives]]
         passage, like_it = (EMPTY_PASSAGE, (own,)) if example.is_impossible else (own, ())
         questions.append(RetrievalQuestion(example.id, example.question, passage, (*like_it, *negatives)))

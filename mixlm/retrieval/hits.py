@@ -1,7 +1,8 @@
 """What a search finds."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from operator import neg
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -32,16 +33,26 @@ class Found(NamedTuple):
 Find = Callable[[Sequence[str], int], Iterator[Found]]
 
 
-def best_hits(rows: np.ndarray, scores: np.ndarray, top_k: int) -> list[PassageHit]:
-    """The hits with the best scores, the best first; of equal scores, the one with the smaller row.
+# Of equal scores, what is greater by this function of their rows comes first. In an index it is the id, as trec_eval
+# has it: a ranking is the same wherever it is looked at. Where there are no ids, the smaller row is first.
+Precedence = Callable[[int], Any]
+smaller_row: Precedence = neg
+
+
+def best_hits(rows: np.ndarray, scores: np.ndarray, top_k: int, precedence: Precedence) -> list[PassageHit]:
+    """The hits with the best scores, the best first.
 
     Args:
         rows: of passages, each once, [passages].
         scores: of them, [passages].
         top_k: the most hits.
+        precedence: of equal scores.
     """
     if len(rows) > top_k:
         is_good = scores >= np.partition(scores, -top_k)[-top_k]
         rows, scores = rows[is_good], scores[is_good]
-    order = np.lexsort((rows, -scores))[:top_k]
-    return list(map(PassageHit, rows[order].tolist(), scores[order].tolist()))
+    order = np.argsort(-scores, kind="stable")
+    hits = list(map(PassageHit, rows[order].tolist(), scores[order].tolist()))
+    if len(np.unique(scores)) < len(scores):
+        hits.sort(key=lambda hit: (hit.score, precedence(hit.row)), reverse=True)
+    return hits[:top_k]

@@ -54,8 +54,9 @@ class Index:
     def __init__(self, folder: Path, manifest: dict[str, Any]):
         self.folder, self.manifest = folder, manifest
         self.passages = StoredPassages(folder / _PASSAGES)
-        self.lexical = LexicalIndex.load(folder / _LEXICAL, ANALYSERS[manifest["lexical"]["analyser"]]())
-        self.dense = _dense_index().load(folder / _DENSE) if "dense" in manifest else None
+        by_id = self.passages.id_of_row
+        self.lexical = LexicalIndex.load(folder / _LEXICAL, ANALYSERS[manifest["lexical"]["analyser"]](), by_id)
+        self.dense = _dense_index().load(folder / _DENSE, by_id) if "dense" in manifest else None
 
     @property
     def model(self) -> str | None:

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from ..data.packages import required
 from ..errors import UserError, one_line
-from .hits import PassageHit, best_hits
+from .hits import PassageHit, Precedence, best_hits, smaller_row
 
 faiss = required("faiss")
 
@@ -46,12 +46,17 @@ _RECALL_DEPTH, _RECALL_SAMPLE = 10, 1000
 class DenseIndex:
     """Passages by their vectors.
 
+    Args:
+        vectors: of all passages, by row.
+        finder: what finds candidates among them; `vectors` itself in an exact index.
+        precedence: of equal scores.
+
     Attributes:
         parameters: the kind, and what FAISS was given.
     """
 
-    def __init__(self, vectors: "faiss.IndexFlatIP", finder: "faiss.Index"):
-        self._flat, self._finder = vectors, finder
+    def __init__(self, vectors: "faiss.IndexFlatIP", finder: "faiss.Index", precedence: Precedence = smaller_row):
+        self._flat, self._finder, self._precedence = vectors, finder, precedence
 
     @classmethod
     def build(cls, shards: Iterable[np.ndarray], kind: str) -> "DenseIndex":
@@ -75,15 +80,15 @@ class DenseIndex:
         return cls(index, _build_ivfpq(index) if kind == "ivfpq" else index)
 
     @classmethod
-    def load(cls, folder: Path) -> "DenseIndex":
-        """What `save` has written, mapped into memory."""
+    def load(cls, folder: Path, precedence: Precedence = smaller_row) -> "DenseIndex":
+        """What `save` has written, mapped into memory; `precedence` is of equal scores."""
         vectors = faiss.read_index(str(folder / _VECTORS), faiss.IO_FLAG_MMAP_IFC)
         if not (folder / _FINDER).is_file():
-            return cls(vectors, vectors)
+            return cls(vectors, vectors, precedence)
         finder = faiss.read_index(str(folder / _FINDER), faiss.IO_FLAG_MMAP_IFC | faiss.IO_FLAG_SKIP_STORAGE)
         if isinstance(finder, faiss.IndexHNSW):
             finder.storage, finder.own_fields = vectors, False
-        return cls(vectors, finder)
+        return cls(vectors, finder, precedence)
 
     def save(self, folder: Path) -> None:
         """Write it into a folder, which is made.
@@ -123,7 +128,7 @@ class DenseIndex:
         return {"kind": "ivfpq", "nlist": finder.nlist, "nprobe": finder.nprobe, "M": finder.pq.M, "nbits": _CODE_BITS}
 
     def search(self, questions: np.ndarray, top_k: int) -> Iterator[list[PassageHit]]:
-        """The best passages for each question, the best first; of equal scores, the one with the smaller row.
+        """The best passages for each question, the best first.
 
         An exact index has no better passages than these, also where many are equal.
 
@@ -136,7 +141,7 @@ class DenseIndex:
             batch = np.ascontiguousarray(questions[first : first + rows_at_once], dtype=np.float32)
             for question, rows in zip(batch, self._candidates(batch, top_k), strict=True):
                 found = rows[rows >= 0]
-                yield best_hits(found, self._scores(question, found), top_k)
+                yield best_hits(found, self._scores(question, found), top_k, self._precedence)
 
     def recall(self) -> float:
         """How many of the 10 best passages it finds, as a share.

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from ..data.packages import required
 from ..errors import UserError
 from .analysers import Analyser
-from .hits import PassageHit, best_hits
+from .hits import PassageHit, Precedence, best_hits, smaller_row
 from .passages import StoredPassages
 
 if TYPE_CHECKING:
@@ -34,11 +34,18 @@ _SHOWS_PROGRESS_FROM = 20_000  # passages: bm25s takes two seconds for about as 
 
 
 class LexicalIndex:
-    """Passages by their terms."""
+    """Passages by their terms.
 
-    def __init__(self, bm25: "BM25", analyser: Analyser):
+    Args:
+        bm25: has their scores.
+        analyser: that it was built with.
+        precedence: of equal scores.
+    """
+
+    def __init__(self, bm25: "BM25", analyser: Analyser, precedence: Precedence = smaller_row):
         self._bm25 = bm25
         self._analyser = analyser
+        self._precedence = precedence
 
     @classmethod
     def build(cls, passages: StoredPassages, analyser: Analyser) -> "LexicalIndex":
@@ -60,24 +67,25 @@ class LexicalIndex:
         return cls(bm25, analyser)
 
     @classmethod
-    def load(cls, folder: Path, analyser: Analyser) -> "LexicalIndex":
+    def load(cls, folder: Path, analyser: Analyser, precedence: Precedence = smaller_row) -> "LexicalIndex":
         """Open what `save` has written: scores are mapped into memory, the vocabulary is read.
 
         Args:
             folder: where it lies.
             analyser: the one that it was built with.
+            precedence: of equal scores.
 
         Raises:
             UserError: bm25s is not installed.
         """
-        return cls(required("bm25s").BM25.load(folder, mmap=True, show_progress=False), analyser)
+        return cls(required("bm25s").BM25.load(folder, mmap=True, show_progress=False), analyser, precedence)
 
     def save(self, folder: Path) -> None:
         """Write it into a folder, which is made."""
         self._bm25.save(folder, show_progress=False)
 
     def search(self, questions: Iterable[str], top_k: int) -> Iterator[list[PassageHit]]:
-        """The best passages for each question, the best first; of equal scores, the one with the smaller row.
+        """The best passages for each question, the best first.
 
         Args:
             questions: texts of any length.
@@ -87,7 +95,7 @@ class LexicalIndex:
         for question in questions:
             scores = self._scores(self._analyser.terms(question))
             rows = np.flatnonzero(scores)
-            yield best_hits(rows, scores[rows], top_k)
+            yield best_hits(rows, scores[rows], top_k, self._precedence)
 
     def _scores(self, terms: Sequence[str]) -> np.ndarray:
         """Of all passages, float32 [passages]; 0 for those without any of the terms."""

@@ -3,7 +3,6 @@
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
-from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
@@ -49,11 +48,6 @@ class StoredPassages:
             if (place := pc.index(is_common, True).as_py()) >= 0:
                 return columns[0][place].as_py()
         return None
-
-    @cached_property
-    def row_of_id(self) -> dict[str, int]:
-        """The row of each passage by its id. It is made of the whole file, at the first use."""
-        return {passage.id: row for row, passage in enumerate(self)}
 
 
 def write_passages(path: Path, passages: Iterable[Passage]) -> tuple[int, str]:

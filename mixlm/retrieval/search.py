@@ -57,7 +57,9 @@ class Search:
         The first 200 of either ranking are brought together; with a greater `top_k`, so many.
         """
         for dense, lexical in self._rankings(questions, max(top_k, CANDIDATES)):
-            yield dense._replace(hits=fuse(dense.hits, lexical, self.index.weight, top_k))
+            yield dense._replace(
+                hits=fuse(dense.hits, lexical, self.index.weight, top_k, self.index.passages.id_of_row)
+            )
 
     def tune(self, queries: Mapping[str, str], qrels: Qrels) -> dict[float | None, float]:
         """How good hybrid search is.
@@ -75,12 +77,13 @@ class Search:
         judged = [query for query in queries if query in qrels]
         if not judged:
             raise UserError("no query is judged; give queries and judgements with the same ids")
+        id_of_row = self.index.passages.id_of_row
         scores: dict[float | None, dict[str, float]] = {weight: {} for weight in (None, *WEIGHTS)}
         rankings = self._rankings([queries[query] for query in judged], CANDIDATES)
         for query, (dense, lexical) in zip(judged, rankings, strict=True):
             for weight, of_weight in scores.items():
-                hits = fuse(dense.hits, lexical, weight, top_k=10)
-                passages = [self.index.passages.id_of_row(row) for row, _ in hits]
+                hits = fuse(dense.hits, lexical, weight, 10, id_of_row)
+                passages = [id_of_row(row) for row, _ in hits]
                 of_weight[query] = reciprocal_rank(passages, qrels[query], cutoff=10)
         return {weight: mean_percent(of_weight) for weight, of_weight in scores.items()}
 

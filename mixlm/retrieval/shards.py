@@ -58,6 +58,7 @@ class ShardedDense:
 
     def __init__(self, shards: Sequence[Index]):
         self._parts, self._rows = [shard.dense for shard in shards], _Rows([len(shard.dense) for shard in shards])
+        self._precedence = ShardedPassages(shards).id_of_row
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -76,7 +77,9 @@ class ShardedDense:
                 hit.row + first for hits, first in zip(of_question, self._rows.firsts, strict=False) for hit in hits
             ]
             scores = [hit.score for hits in of_question for hit in hits]
-            yield best_hits(np.array(rows, dtype=np.int64), np.array(scores, dtype=np.float32), top_k)
+            yield best_hits(
+                np.array(rows, dtype=np.int64), np.array(scores, dtype=np.float32), top_k, self._precedence
+            )
 
     def vectors_of(self, rows: np.ndarray) -> np.ndarray:
         """The vectors of passages, [rows, dimension]."""
@@ -88,7 +91,7 @@ class ShardedIndex:
     """Several indexes, to be searched by `mixlm.retrieval.search.Search`.
 
     Args:
-        shards: at least one. They count in this order where scores are equal.
+        shards: at least one; in which order does not matter.
 
     Raises:
         UserError: one has no vectors, or vectors of another encoder; a passage is in two of them.

@@ -138,7 +138,8 @@ def test_questions_and_their_passages():
         "a": [("T", "z"), ("T", "x"), ("T", "z")],  # one of them twice, and its own paragraph
         "b": [("T", "y"), ("T", "x")],
         "c": [("U", "y"), ("T", "z")],  # its own text under another title is no negative of it
-        "d": [("T", "z"), ("T", "x"), ("T", "y"), ("U", "y")],
+        # The paragraph of another question under another title, or none, is that paragraph, and counts once.
+        "d": [("T", "z"), ("", "x"), ("T", "x"), ("U", "y")],
         "x": [("T", "not asked for")],
     }
     number_of = PassageNumbers()

@@ -13,6 +13,7 @@ from mixlm.cli import main
 from mixlm.data.passages import Passage
 from mixlm.encoder import Encoding, MixLMEncoder
 from mixlm.errors import UserError
+from mixlm.evaluation.retrieval import mean_percent, ranking_scores
 from mixlm.evaluation.retrieval_files import read_run
 from mixlm.retrieval import index as index_module
 from mixlm.retrieval.analysers import BigramAnalyser
@@ -91,12 +92,28 @@ def test_dense_hits_are_the_greatest_inner_products(search, passages, retriever)
 def test_hybrid_hits_are_both_rankings_fused(search):
     dense = [found.hits for found in search.dense(QUESTIONS, 200)]
     lexical = list(search.index.lexical.search(QUESTIONS, 200))
-    fused = [reciprocal_rank_fusion(both, 5) for both in zip(dense, lexical, strict=True)]
+    by_id = search.index.passages.id_of_row
+    fused = [reciprocal_rank_fusion(both, 5, by_id) for both in zip(dense, lexical, strict=True)]
     assert [found.hits for found in search.hybrid(QUESTIONS, 5)] == fused
     search.index.store_tuning("hybrid", {"weight": 0.3})
-    fused = [interpolation(*both, 0.3, 5) for both in zip(dense, lexical, strict=True)]
+    fused = [interpolation(*both, 0.3, 5, by_id) for both in zip(dense, lexical, strict=True)]
     assert [found.hits for found in search.hybrid(QUESTIONS, 5)] == fused
     assert open_index(search.index.folder).weight == 0.3
+
+
+def test_tuning_judges_what_an_evaluation_judges(search):
+    """Also where scores are equal: every rank of the one ranking and of the other, by reciprocal ranks."""
+    ids = [search.index.passages.id_of_row(row) for row in range(len(search.index.passages))]
+    for wanted in ids:
+        qrels = {str(number): {wanted: 1} for number in range(len(QUESTIONS))}
+        tuned = search.tune({str(number): text for number, text in enumerate(QUESTIONS)}, qrels)
+        for weight, score in tuned.items():
+            search.index.store_tuning("hybrid", {"weight": weight})
+            hits = {
+                str(number): [(ids[row], value) for row, value in found.hits]
+                for number, found in enumerate(search.hybrid(QUESTIONS, 10))
+            }
+            assert score == pytest.approx(mean_percent(ranking_scores(hits, qrels)["mrr@10"])), (wanted, weight)
 
 
 @pytest.mark.parametrize("mode", ["dense", "hybrid"])
@@ -201,7 +218,8 @@ def test_tuning_scores_the_hits_of_each_weight(search):
     qrels = {"a": {"jeju": 1}, "b": {"sejong": 1}, "c": {"dogs": 1, "sea": 0}, "e": {"sea": 1}}  # "d" is not judged
     scores = search.tune(queries, qrels)
     assert set(scores) == {None, *WEIGHTS}
-    assert scores[0.0] == pytest.approx(100)  # each has the most terms of its question
+    # Each has the most terms of its question, but of the first Seoul has as many, and the greater id.
+    assert scores[0.0] == pytest.approx(100 * (1 / 2 + 1 + 1) / 3)
     for weight in scores:
         search.index.store_tuning("hybrid", {"weight": weight})
         ranks = []

@@ -52,6 +52,19 @@ def test_what_is_found_is_what_one_index_finds(folder, encoder, top_k):
         assert several.passages[row] == passage and several.passages.id_of_row(row) == passage.id
 
 
+def test_the_order_of_the_indexes_does_not_matter(folder, encoder):
+    found = []
+    for order in (range(3), reversed(range(3))):
+        search = Search(open_shards([folder / str(number) / "index" for number in order]), encoder)
+        found.append(
+            [
+                [(search.index.passages.id_of_row(row), score) for row, score in of_question.hits]
+                for of_question in search.dense(QUESTIONS, 7)
+            ]
+        )
+    assert found[0] == found[1]
+
+
 def test_vectors_are_those_of_their_shards(folder, encoder):
     several, rows = shards(folder), np.array([0, 6, 7, 8, 24])
     expected = encoder.encode_passages([PASSAGES[row] for row in rows])

@@ -19,7 +19,6 @@ def test_what_is_written_is_read(tmp_path_factory, passages):
         assert count == len(stored) == len(passages)
         assert list(stored) == [stored[row] for row in range(count)] == passages
         assert [stored.id_of_row(row) for row in range(count)] == [passage.id for passage in passages]
-        assert stored.row_of_id == {passage.id: row for row, passage in enumerate(passages)}
     finally:
         module._ROWS_PER_BATCH = with_small_batches
 
