@@ -125,6 +125,11 @@ def index_verb(arguments: argparse.Namespace) -> None:
         passages = vectors.passages()
     manifest = build_index(passages, arguments.out, analyser, vectors, kind)
     print(f"{manifest['passages']['count']:,} passages: {arguments.out}")
+    if "change" in manifest.get("dense", {}):
+        change = manifest["dense"]["change"]
+        added, kept, gone = (change[name] for name in ("added", "kept", "gone"))
+        gone = f"{gone:,}, whose passages are gone, are passed over"
+        print(f"{added:,} vectors are added to the {kept:,} that stay; {gone}")
     if "recall@10" in manifest.get("dense", {}):
         print(f"{manifest['dense']['recall@10']:.1%} of the 10 nearest are found (recall@10 of moved passage vectors)")
     if was_tuned:

@@ -5,16 +5,20 @@
     dense/             their vectors, as FAISS keeps them, if there are any
     manifest.json      what it was made from and how, with the hash of each file; written last
 
-An index is whole or absent: it is written beside and renamed, and takes the place of an older one only then. Passages
-that are added, changed or removed need a new one; their vectors, which cost most, do not (`mixlm.retrieval.vectors`).
+An index is whole or absent: it is written beside and renamed, and takes the place of an older one only then. Where
+passages are added, changed or removed, what costs most stays: the vectors of the others (`mixlm.retrieval.vectors`),
+and the graph or the lists that find candidates among them. BM25, in which a term is worth what all passages make it
+worth, is made anew.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 from tqdm import tqdm
 
 from .. import __version__
@@ -106,6 +110,9 @@ def build_index(
 ) -> dict[str, Any]:
     """Build an index for lexical search, and with vectors also for dense and hybrid search.
 
+    If an index of this kind and encoder lies at `out`, its graph or lists are kept, without the vectors that are gone
+    and with those that are new; unless less than half of it would be of use.
+
     Args:
         passages: at least one, each with its own id (`mixlm.data.passages.read_passages`, or those of `vectors`).
         out: the folder; an index that lies there is replaced once the new one is whole.
@@ -137,9 +144,15 @@ def build_index(
             }
             if vectors is not None:
                 assert count == len(vectors), "vectors of other passages"
-                dense = dense_index.build(vectors.shards(), kind)
+                change = _change_of(out, vectors, kind)
+                if change is None:
+                    dense = dense_index.build(vectors.shards(), kind)
+                else:
+                    dense = dense_index.extend(out / _DENSE, change.added, change.rows)
                 dense.save(partial / _DENSE)
                 parts["dense"] = _describe(dense, vectors)
+                if change is not None:
+                    parts["dense"]["change"] = change.counts()
                 parts["libraries"]["faiss"] = required("faiss").__version__
             return _write_manifest(partial, parts)
     except OSError as error:
@@ -177,6 +190,52 @@ def is_tuned(folder: Path) -> bool:
         return not {"hybrid", "answers"}.isdisjoint(read_manifest(folder / _MANIFEST, FORMAT, again=""))
     except (OSError, UserError):
         return False
+
+
+class _Change(NamedTuple):
+    """What has become of the passages of an index.
+
+    Attributes:
+        rows: of each of its vectors the row that the passage has now, -1 if it is gone; behind them, of each added.
+        added: vectors that are new, [added, dimension].
+    """
+
+    rows: np.ndarray
+    added: np.ndarray
+
+    def counts(self) -> dict[str, int]:
+        """How many vectors are kept, added, and kept although their passages are gone."""
+        gone = int((self.rows < 0).sum())
+        return {"kept": len(self.rows) - len(self.added) - gone, "added": len(self.added), "gone": gone}
+
+
+def _change_of(out: Path, vectors: "StoredVectors", kind: str) -> _Change | None:
+    """From the index at `out` to one of these vectors; None where it is to be built from nothing."""
+    if kind == "exact" or not (out / _MANIFEST).is_file():
+        return None
+    try:
+        earlier = open_index(out)
+    except UserError:
+        return None
+    told = earlier.manifest.get("dense", {})
+    if any(told.get(name) != wanted for name, wanted in (("kind", kind), ("encoder", vectors.encoder))):
+        return None
+    row_of_id = {passage.id: row for row, passage in enumerate(earlier.passages)}
+    rows = np.full(len(earlier.dense.vectors), -1, dtype=np.int64)
+    added_rows, added, first = [], [np.empty((0, vectors.dimension), np.float32)], 0
+    passages = iter(vectors.passages())
+    for shard in tqdm(vectors.shards(), desc="comparing vectors", unit=" shards", delay=2):
+        found = np.asarray(shard, dtype=np.float32)
+        row_before = np.array([row_of_id.get(passage.id, -1) for passage in islice(passages, len(found))])
+        is_kept = row_before >= 0
+        is_kept[is_kept] = (earlier.dense.vectors_of(row_before[is_kept]) == found[is_kept]).all(axis=1)
+        numbers = np.arange(first, first + len(found))
+        rows[earlier.dense.places_of(row_before[is_kept])] = numbers[is_kept]
+        added_rows.append(numbers[~is_kept])
+        added.append(found[~is_kept])
+        first += len(found)
+    change = _Change(np.concatenate([rows, *added_rows]), np.concatenate(added))
+    return change if 2 * change.counts()["kept"] > len(change.rows) else None
 
 
 def _require_libraries(libraries: Mapping[str, str], folder: Path, again: str) -> None:

@@ -2,8 +2,9 @@
 
     vectors.faiss          all vectors, float32
     finder.faiss           what finds candidates among them; an exact index has none
+    rows.npy               the passage of each vector, where passages were added or have gone since it was built
 
-Both are mapped into memory. Whatever finds the candidates, their scores are inner products with the vectors
+All are mapped into memory. Whatever finds the candidates, their scores are inner products with the vectors
 themselves, added up in float64: a question has the same hits and scores in any company, on any number of threads.
 
 * exact: every vector is looked at.
@@ -33,7 +34,7 @@ faiss = required("faiss")
 KINDS = ("exact", "hnsw", "ivfpq")
 FEWEST_FOR_IVFPQ = 10_000
 
-_VECTORS, _FINDER = "vectors.faiss", "finder.faiss"
+_VECTORS, _FINDER, _ROWS = "vectors.faiss", "finder.faiss", "rows.npy"
 _CODE_BITS = 8
 _TRAINING_PER_LIST = (39, 64)  # vectors: fewer than 39 are too few for FAISS
 _CODED_CANDIDATES = 4  # found by their codes, for each hit that is wanted
@@ -47,16 +48,27 @@ class DenseIndex:
     """Passages by their vectors.
 
     Args:
-        vectors: of all passages, by row.
+        vectors: of all passages.
         finder: what finds candidates among them; `vectors` itself in an exact index.
         precedence: of equal scores.
+        rows: of each vector the row of its passage, -1 where that is gone; None where both are in the same order.
 
     Attributes:
         parameters: the kind, and what FAISS was given.
     """
 
-    def __init__(self, vectors: "faiss.IndexFlatIP", finder: "faiss.Index", precedence: Precedence = smaller_row):
-        self._flat, self._finder, self._precedence = vectors, finder, precedence
+    def __init__(
+        self,
+        vectors: "faiss.IndexFlatIP",
+        finder: "faiss.Index",
+        precedence: Precedence = smaller_row,
+        rows: np.ndarray | None = None,
+    ):
+        self._flat, self._finder, self._precedence, self._rows = vectors, finder, precedence, rows
+        self._places = None  # by row, where its vector is
+        if rows is not None:
+            live = np.flatnonzero(rows >= 0)
+            self._places = live[np.argsort(rows[live])]
 
     @classmethod
     def build(cls, shards: Iterable[np.ndarray], kind: str) -> "DenseIndex":
@@ -75,9 +87,29 @@ class DenseIndex:
                 index = _new_hnsw(shard.shape[1]) if kind == "hnsw" else faiss.IndexFlatIP(shard.shape[1])
             index.add(np.ascontiguousarray(shard, dtype=np.float32))
         if kind == "hnsw":
-            index.hnsw.efSearch = 64 if index.ntotal <= 100_000 else 128 if index.ntotal <= 1_000_000 else 256
+            _set_effort(index)
             return cls(faiss.downcast_index(index.storage), index)
         return cls(index, _build_ivfpq(index) if kind == "ivfpq" else index)
+
+    @classmethod
+    def extend(cls, folder: Path, added: np.ndarray, rows: np.ndarray) -> "DenseIndex":
+        """What `save` has written, with more vectors behind the others: its graph or its lists are not built again.
+
+        Args:
+            folder: of an index that is not exact.
+            added: vectors [added, dimension], float32.
+            rows: of each vector, those that are there and then the added, the row of its passage now; -1 for none.
+        """
+        vectors = faiss.read_index(str(folder / _VECTORS))
+        finder = faiss.read_index(str(folder / _FINDER), faiss.IO_FLAG_SKIP_STORAGE)
+        if isinstance(finder, faiss.IndexHNSW):
+            finder.storage, finder.own_fields = vectors, False
+            finder.add(added)  # to the storage, too
+            _set_effort(finder)
+        else:
+            vectors.add(added)
+            finder.add(added)
+        return cls(vectors, finder, rows=rows)
 
     @classmethod
     def load(cls, folder: Path, precedence: Precedence = smaller_row) -> "DenseIndex":
@@ -85,10 +117,11 @@ class DenseIndex:
         vectors = faiss.read_index(str(folder / _VECTORS), faiss.IO_FLAG_MMAP_IFC)
         if not (folder / _FINDER).is_file():
             return cls(vectors, vectors, precedence)
+        rows = np.load(folder / _ROWS, mmap_mode="r") if (folder / _ROWS).is_file() else None
         finder = faiss.read_index(str(folder / _FINDER), faiss.IO_FLAG_MMAP_IFC | faiss.IO_FLAG_SKIP_STORAGE)
         if isinstance(finder, faiss.IndexHNSW):
             finder.storage, finder.own_fields = vectors, False
-        return cls(vectors, finder, precedence)
+        return cls(vectors, finder, precedence, rows)
 
     def save(self, folder: Path) -> None:
         """Write it into a folder, which is made.
@@ -101,20 +134,27 @@ class DenseIndex:
             faiss.write_index(self._flat, str(folder / _VECTORS))
             if not self._is_exact:
                 faiss.write_index(self._finder, str(folder / _FINDER), faiss.IO_FLAG_SKIP_STORAGE)
+            if self._rows is not None:
+                np.save(folder / _ROWS, self._rows)
         except RuntimeError as error:  # what FAISS has for a full disk, too
             raise OSError(one_line(error)) from error
 
     def __len__(self) -> int:
-        return self._flat.ntotal
+        return self._flat.ntotal if self._places is None else len(self._places)
 
     @cached_property
     def vectors(self) -> np.ndarray:
-        """All vectors, [passages, dimension]; to be read only while the index lives."""
-        return faiss.rev_swig_ptr(self._flat.get_xb(), len(self) * self._flat.d).reshape(len(self), self._flat.d)
+        """All vectors, [vectors, dimension], also of passages that are gone; to be read only while the index lives."""
+        count, dimension = self._flat.ntotal, self._flat.d
+        return faiss.rev_swig_ptr(self._flat.get_xb(), count * dimension).reshape(count, dimension)
+
+    def places_of(self, rows: np.ndarray) -> np.ndarray:
+        """Where in `vectors` those of passages are, [rows]."""
+        return rows if self._places is None else self._places[rows]
 
     def vectors_of(self, rows: np.ndarray) -> np.ndarray:
         """The vectors of passages, [rows, dimension]."""
-        return self.vectors[rows]
+        return self.vectors[self.places_of(rows)]
 
     @property
     def parameters(self) -> dict[str, str | int]:
@@ -139,9 +179,10 @@ class DenseIndex:
         rows_at_once = max(1, _SCORES_AT_ONCE // min(top_k + _MARGIN, len(self)))
         for first in range(0, len(questions), rows_at_once):
             batch = np.ascontiguousarray(questions[first : first + rows_at_once], dtype=np.float32)
-            for question, rows in zip(batch, self._candidates(batch, top_k), strict=True):
-                found = rows[rows >= 0]
-                yield best_hits(found, self._scores(question, found), top_k, self._precedence)
+            for question, places in zip(batch, self._candidates(batch, top_k), strict=True):
+                found = places[places >= 0]
+                rows = found if self._rows is None else self._rows[found]
+                yield best_hits(rows, self._scores(question, found), top_k, self._precedence)
 
     def recall(self) -> float:
         """How many of the 10 best passages it finds, as a share.
@@ -150,12 +191,12 @@ class DenseIndex:
         its length. Vectors of real questions may lie elsewhere.
         """
         rows = np.linspace(0, len(self) - 1, min(_RECALL_SAMPLE, len(self))).astype(np.int64)
-        vectors = self.vectors[rows]
+        vectors = self.vectors_of(rows)
         noise = np.random.default_rng(0).standard_normal(vectors.shape)
         lengths = np.linalg.norm(vectors, axis=1, keepdims=True) / np.linalg.norm(noise, axis=1, keepdims=True)
         questions = (vectors + 0.5 * lengths * noise).astype(np.float32)
         found = wanted = 0
-        exact = DenseIndex(self._flat, self._flat)
+        exact = DenseIndex(self._flat, self._flat, rows=self._rows)
         searches = (index.search(questions, _RECALL_DEPTH) for index in (self, exact))
         for hits, best in zip(*searches, strict=True):
             found += sum(hit.score >= best[-1].score for hit in hits)  # of equal ones, any will do
@@ -167,29 +208,45 @@ class DenseIndex:
         return self._finder is self._flat
 
     def _candidates(self, questions: np.ndarray, top_k: int) -> np.ndarray:
-        """Rows of passages that may be the best, [questions, candidates]; -1 where there is none."""
+        """Places of vectors that may be the best, [questions, candidates]; -1 where there is none."""
         per_hit = _CODED_CANDIDATES if isinstance(self._finder, faiss.IndexIVF) else 1
         wanted = min(per_hit * top_k + _MARGIN, len(self))
         while True:
-            scores, rows = self._finder.search(questions, wanted)
+            scores, places = self._finder.search(questions, wanted, params=self._without_what_is_gone)
             if wanted == len(self) or not self._is_exact:
-                return rows
+                return places
             # FAISS leaves out any of equal scores, and rounds in ways that depend on the company of a question: the
             # last of its candidates must be clearly worse than the last hit.
             gaps = scores[:, top_k - 1] - scores[:, -1]
             if (gaps > _ROUNDING * np.abs(scores).max(axis=1)).all():
-                return rows
+                return places
             wanted = min(2 * wanted, len(self))
 
-    def _scores(self, question: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """Inner products, float32 [rows]."""
-        return (self.vectors[rows].astype(np.float64) * question).sum(axis=1).astype(np.float32)
+    @cached_property
+    def _without_what_is_gone(self) -> "faiss.SearchParameters | None":
+        if self._rows is None:
+            return None
+        selector = faiss.IDSelectorBitmap(np.packbits(self._rows >= 0, bitorder="little"))
+        if isinstance(self._finder, faiss.IndexHNSW):
+            return faiss.SearchParametersHNSW(sel=selector, efSearch=self._finder.hnsw.efSearch)
+        if isinstance(self._finder, faiss.IndexIVF):
+            return faiss.SearchParametersIVF(sel=selector, nprobe=self._finder.nprobe)
+        return faiss.SearchParameters(sel=selector)
+
+    def _scores(self, question: np.ndarray, places: np.ndarray) -> np.ndarray:
+        """Inner products, float32 [places]."""
+        return (self.vectors[places].astype(np.float64) * question).sum(axis=1).astype(np.float32)
 
 
 def _new_hnsw(dimension: int) -> "faiss.IndexHNSWFlat":
     index = faiss.IndexHNSWFlat(dimension, 32, faiss.METRIC_INNER_PRODUCT)
     index.hnsw.efConstruction = 200
     return index
+
+
+def _set_effort(index: "faiss.IndexHNSW") -> None:
+    """Let a search look at more where there is more."""
+    index.hnsw.efSearch = 64 if index.ntotal <= 100_000 else 128 if index.ntotal <= 1_000_000 else 256
 
 
 def _build_ivfpq(vectors: "faiss.IndexFlatIP") -> "faiss.IndexIVFPQ":

@@ -136,3 +136,41 @@ def test_what_cannot_be_written_is_an_error_of_the_system(tmp_path, monkeypatch)
     monkeypatch.setattr(index_dense.faiss, "write_index", full)
     with pytest.raises(OSError, match="write error in faiss: No space left"):
         build(clustered(5)).save(tmp_path / "dense")
+
+
+def changed(vectors, seed=5):
+    """Half as many more vectors, a third of the old ones gone, all in another order: vectors, added ones, `rows`."""
+    random = np.random.default_rng(seed)
+    added = clustered(len(vectors) // 2, seed=seed)
+    is_live = np.concatenate([random.random(len(vectors)) > 1 / 3, np.ones(len(added), bool)])
+    rows = np.full(len(is_live), -1)
+    rows[is_live] = random.permutation(is_live.sum())
+    now = np.empty((is_live.sum(), vectors.shape[1]), np.float32)
+    now[rows[is_live]] = np.concatenate([vectors, added])[is_live]
+    return now, added, rows
+
+
+@pytest.mark.parametrize(("kind", "bound"), [("hnsw", 0.98), ("ivfpq", 0.8)])
+def test_passages_are_added_and_gone_without_a_new_graph_or_new_lists(approximate, kind, bound, tmp_path, monkeypatch):
+    vectors, indexes = approximate
+    indexes[kind].save(tmp_path / "before")
+    for build_anew in ("_new_hnsw", "_build_ivfpq"):
+        monkeypatch.setattr(index_dense, build_anew, None)
+    now, added, rows = changed(vectors)
+    DenseIndex.extend(tmp_path / "before", added, rows).save(tmp_path / "after")
+    index, questions = DenseIndex.load(tmp_path / "after"), clustered(200)
+    assert len(index) == len(now) and index.parameters["kind"] == kind
+    np.testing.assert_array_equal(index.vectors_of(np.arange(len(now))), now)
+    exact, hits = brute_force(now, questions, 10), found(index, questions, 10)
+    for question, each in zip(questions, hits, strict=True):
+        own_rows, scores = zip(*each, strict=True)
+        np.testing.assert_allclose(scores, now[[*own_rows]] @ question, rtol=1e-5)
+    share = np.mean(
+        [len({row for row, _ in each} & {row for row, _ in best}) / 10 for each, best in zip(hits, exact, strict=True)]
+    )
+    assert share >= bound and index.recall() >= bound
+    # And once more, after which what was there is where it was.
+    now, added, rows = changed(index.vectors, seed=6)
+    again = DenseIndex.extend(tmp_path / "after", added, rows)
+    np.testing.assert_array_equal(again.vectors_of(np.arange(len(now))), now)
+    assert found(again, questions[:20], 1) == brute_force(now, questions[:20], 1) or kind == "ivfpq"

@@ -16,6 +16,7 @@ from mixlm.errors import UserError
 from mixlm.evaluation.retrieval import mean_percent, ranking_scores
 from mixlm.evaluation.retrieval_files import read_run
 from mixlm.retrieval import index as index_module
+from mixlm.retrieval import index_dense
 from mixlm.retrieval.analysers import BigramAnalyser
 from mixlm.retrieval.fusion import interpolation, reciprocal_rank_fusion
 from mixlm.retrieval.hits import Found
@@ -156,6 +157,28 @@ def test_a_new_index_has_what_was_added_and_not_what_was_removed(folder, passage
     for find in (search.dense, search.hybrid):
         ids = {search.index.passages.id_of_row(row) for row, _ in next(find(["가장 큰 섬은?"], 10)).hits}
         assert ids == {passage.id for passage in changed}
+
+
+def test_an_index_is_changed_without_a_new_graph(folder, passages, retriever, capsys, monkeypatch):
+    build(passages, retriever, folder, "hnsw")
+    changed = [Passage("new", "", "가장 큰 섬은?"), *passages[1:5], passages[6], passages[5]._replace(text="cats run")]
+    new_graph = index_dense._new_hnsw
+    monkeypatch.setattr(index_dense, "_new_hnsw", None)
+    encode_passages(changed, retriever, folder / "vectors")
+    main("index --vectors vectors --hnsw --out index".split())
+    told = "2 vectors are added to the 5 that stay; 2, whose passages are gone, are passed over"
+    assert told in capsys.readouterr().out
+    search = Search(open_index(folder / "index"), MixLMEncoder.from_pretrained(retriever, "cpu"))
+    assert search.verify() == len(changed)
+    monkeypatch.setattr(index_dense, "_new_hnsw", new_graph)
+    vectors = StoredVectors(folder / "vectors")
+    build_index(vectors.passages(), folder / "anew", BigramAnalyser(), vectors, "exact")
+    anew = Search(open_index(folder / "anew"), search._encoder)
+    for find in ("dense", "hybrid"):
+        assert list(getattr(search, find)(QUESTIONS, 10)) == list(getattr(anew, find)(QUESTIONS, 10))
+    # Where most of it would be dead weight, it is built from nothing; and so for another encoder.
+    build(passages[5:], retriever, folder, "hnsw")
+    assert "change" not in open_index(folder / "index").manifest["dense"]
 
 
 def contents(folder):
