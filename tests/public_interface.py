@@ -5,7 +5,7 @@ What a user gets is what is written here behind each call; where the package cha
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import assert_type
+from typing import Any, assert_type
 
 import numpy as np
 
@@ -14,10 +14,15 @@ from mixlm.configuration import read_config
 from mixlm.data.corpus import Document, read_documents
 from mixlm.data.passages import Passage, read_passages
 from mixlm.data.squad import ReadingData, read_squad, select_articles
+from mixlm.data.statistics import CorpusStatistics, KnownText, corpus_statistics
+from mixlm.data.store import TokenizedCorpus, open_corpus
 from mixlm.encoder import MixLMEncoder
 from mixlm.errors import UserError
 from mixlm.evaluation.retrieval import ranking_scores
 from mixlm.evaluation.retrieval_files import read_qrels, read_queries, read_run, write_run
+from mixlm.exporting.onnx_folders import export_onnx
+from mixlm.exporting.sentences import export_sentence_transformers
+from mixlm.hub import files_to_push
 from mixlm.open_qa import Choice, OpenAnswer, OpenQA
 from mixlm.reader import MixLMReader, ReadAnswer
 from mixlm.retrieval.analysers import BigramAnalyser
@@ -27,6 +32,7 @@ from mixlm.retrieval.search import Search
 from mixlm.retrieval.vectors import StoredVectors, encode_passages
 from mixlm.tokenization import load_tokenizer, train_tokenizer, word_start_table
 from mixlm.training.arguments import PretrainingArguments, parse_arguments
+from mixlm.training.publishing import publish
 
 
 def configure() -> None:
@@ -44,6 +50,20 @@ def read_texts() -> None:
     tokenizer = train_tokenizer(["한글은 1443년에 만들어졌다."], 1000)
     assert_type(word_start_table(tokenizer), np.ndarray)
     load_tokenizer(Path("tokenizer"))
+
+
+def know_a_corpus() -> None:
+    found = assert_type(corpus_statistics(read_documents("corpus"), evaluation_files=["dev.json"]), CorpusStatistics)
+    assert_type(found.overlaps[0].most_known, list[KnownText])
+    corpus = open_corpus("corpus", load_tokenizer("tokenizer"), max_sentence_length=128)
+    assert_type(corpus, TokenizedCorpus)
+
+
+def give_away() -> None:
+    assert_type(files_to_push(Path("reader")), list[str])
+    assert_type(publish(Path("reader"), "me/reader", private=True), list[str])
+    assert_type(export_sentence_transformers("retriever", Path("out")), MixLMEncoder)
+    assert_type(export_onnx("reader", Path("onnx"), int8=True, squad_file="dev.json"), dict[str, Any])
 
 
 def answer_from_a_text() -> str:
