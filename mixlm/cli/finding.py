@@ -1,6 +1,7 @@
 """What the verbs that find passages in an index have in common: their options, and how it is opened."""
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ MODES = ("lexical", "dense", "hybrid")
 
 
 def add_index_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add --index and --model."""
+    """Add --index, --model and --verify."""
     parser.add_argument(
         "--index",
         type=Path,
@@ -27,6 +28,9 @@ def add_index_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--model", metavar="DIR", help="what has encoded the passages (default: where it was when it did)"
+    )
+    parser.add_argument(
+        "--verify", action="store_true", help="encode some passages again first, and compare their vectors"
     )
 
 
@@ -59,13 +63,15 @@ def mode_of(index: "Index | ShardedIndex", arguments: argparse.Namespace) -> str
     """How to search: as --mode says, or as well as the index allows.
 
     Raises:
-        UserError: there is a --model, and nothing for it to do.
+        UserError: there is a --model or --verify, and nothing for it to do.
     """
     if len(arguments.index) > 1:
         return "dense"
     mode = arguments.mode or ("lexical" if index.dense is None else "hybrid")
     if mode == "lexical" and arguments.model is not None:
         raise UserError(f"--model {arguments.model}: is for search by vectors, and this is lexical; leave it out")
+    if mode == "lexical" and arguments.verify:
+        raise UserError("--verify: is for search by vectors, and this is lexical; leave it out")
     return mode
 
 
@@ -76,7 +82,7 @@ def open_find(index: "Index | ShardedIndex", arguments: argparse.Namespace) -> "
 
 
 def open_search(index: "Index | ShardedIndex", arguments: argparse.Namespace) -> "Search":
-    """A search by vectors, with --model or the encoder that the index remembers."""
+    """A search by vectors, with --model or the encoder that the index remembers; with --verify, once that is right."""
     if index.dense is None:
         raise UserError(f"{index.folder}: has no vectors to search by; build it with mixlm index --vectors")
     model = arguments.model or index.model
@@ -88,7 +94,11 @@ def open_search(index: "Index | ShardedIndex", arguments: argparse.Namespace) ->
     from ..retrieval.search import Search
 
     disable_progress_bar()
-    return Search(index, MixLMEncoder.from_pretrained(model))
+    search = Search(index, MixLMEncoder.from_pretrained(model))
+    if arguments.verify:  # not where answers go, which may be JSON
+        message = f"{search.verify()} passages were encoded again: their vectors are those of the index"
+        print(message, file=sys.stderr)
+    return search
 
 
 def require_json_lines(out: Path, content: str) -> None:

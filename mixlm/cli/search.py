@@ -12,6 +12,7 @@ from .finding import (
     add_index_arguments,
     add_mode_argument,
     mode_of,
+    open_find,
     open_indexes,
     open_search,
     require_outside,
@@ -60,9 +61,6 @@ def add_search_parser(subparsers) -> None:
     parser.add_argument("--json", action="store_true", help="of --query: print one object")
     parser.add_argument("--top_k", type=int, default=20, metavar="N", help="most hits of a question (default: 20)")
     add_mode_argument(parser)
-    parser.add_argument(
-        "--verify", action="store_true", help="encode some passages again first, and compare their vectors"
-    )
     parser.set_defaults(run=search_verb)
 
 
@@ -154,13 +152,7 @@ def search_verb(arguments: argparse.Namespace) -> None:
         require_words(queries)
     index = open_indexes(arguments)
     mode = mode_of(index, arguments)
-    if arguments.verify and mode == "lexical":
-        raise UserError("--verify is for search by vectors; leave it out")
-    search = index if mode == "lexical" else open_search(index, arguments)
-    if arguments.verify:
-        print(f"{search.verify()} passages were encoded again: their vectors are those of the index")
-    find = index.find if mode == "lexical" else getattr(search, mode)
-    found = find(list(queries.values()), arguments.top_k)
+    found = open_find(index, arguments)(list(queries.values()), arguments.top_k)
     if out is None:
         _print(index, arguments.query, next(found), arguments.json)
         return

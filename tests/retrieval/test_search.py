@@ -272,9 +272,9 @@ class TestVerbs:
 
     def test_hits_are_printed(self, folder, retriever, capsys):
         main(["search", "--index", "index", "--model", retriever, "--verify", "--query", "가장 큰 섬은?"])
-        out = capsys.readouterr().out.splitlines()
-        assert out[0] == "7 passages were encoded again: their vectors are those of the index"
-        assert out[1].startswith("1  0.0") and len(out) == 1 + 2 * 7
+        said = capsys.readouterr()
+        assert "7 passages were encoded again: their vectors are those of the index" in said.err
+        assert said.out.startswith("1  0.0") and len(said.out.splitlines()) == 2 * 7
         main(["search", "--index", "index", "--model", retriever, "--query", " "])
         assert capsys.readouterr().out == "no passage is found for this question\n"
 
@@ -351,7 +351,7 @@ class TestVerbs:
             ("index --vectors absent --out new", "absent: has no vectors"),
             ("index --vectors index --out new", "index: has no vectors"),
             (f"{search} lexical --mode dense --model {retriever}", "lexical: has no vectors to search by"),
-            (f"{search} index --mode lexical --verify", "--verify is for search by vectors"),
+            (f"{search} index --mode lexical --verify", "--verify: is for search by vectors"),
             (f"{search} index --model absent", "absent: cannot be loaded"),
             (f"tune --index lexical --model {retriever} --queries questions.jsonl --qrels qrels", "has no vectors"),
             (f"tune --index index --model {retriever} --queries questions.jsonl --qrels absent", "absent"),
