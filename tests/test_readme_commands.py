@@ -19,9 +19,9 @@ NOT_RUN = {
 }
 
 
-def blocks() -> list[str]:
-    """The console blocks of README.md."""
-    return re.findall(r"```console\n(.*?)```", (REPOSITORY / "README.md").read_text("utf-8"), flags=re.DOTALL)
+def blocks(page: str = "README.md") -> list[str]:
+    """The console blocks of a page."""
+    return re.findall(r"```console\n(.*?)```", (REPOSITORY / page).read_text("utf-8"), flags=re.DOTALL)
 
 
 def commands_of(block: str) -> str:
@@ -76,4 +76,6 @@ def test_commands_work_from_top_to_bottom(clone):
     for block in filter(is_run, blocks()):
         if "../shared/data" in block and not DATA.is_dir():
             continue
+        run(commands_of(block), clone)
+    for block in blocks("docs/export.md"):  # of the models that the README has made
         run(commands_of(block), clone)
