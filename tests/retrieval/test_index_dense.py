@@ -173,4 +173,4 @@ def test_passages_are_added_and_gone_without_a_new_graph_or_new_lists(approximat
     now, added, rows = changed(index.vectors, seed=6)
     again = DenseIndex.extend(tmp_path / "after", added, rows)
     np.testing.assert_array_equal(again.vectors_of(np.arange(len(now))), now)
-    assert found(again, questions[:20], 1) == brute_force(now, questions[:20], 1) or kind == "ivfpq"
+    assert again.recall() >= bound

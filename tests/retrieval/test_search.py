@@ -173,12 +173,22 @@ def test_an_index_is_changed_without_a_new_graph(folder, passages, retriever, ca
     monkeypatch.setattr(index_dense, "_new_hnsw", new_graph)
     vectors = StoredVectors(folder / "vectors")
     build_index(vectors.passages(), folder / "anew", BigramAnalyser(), vectors, "exact")
-    anew = Search(open_index(folder / "anew"), search._encoder)
+    anew = Search(open_index(folder / "anew"), MixLMEncoder.from_pretrained(retriever, "cpu"))
     for find in ("dense", "hybrid"):
         assert list(getattr(search, find)(QUESTIONS, 10)) == list(getattr(anew, find)(QUESTIONS, 10))
-    # Where most of it would be dead weight, it is built from nothing; and so for another encoder.
+    # Where most of it would be dead weight, it is built from nothing.
     build(passages[5:], retriever, folder, "hnsw")
     assert "change" not in open_index(folder / "index").manifest["dense"]
+
+
+def test_the_graph_of_another_encoder_is_not_kept(folder, passages, retriever, other_retriever):
+    build(passages, retriever, folder, "hnsw")
+    encode_passages(passages, other_retriever, folder / "other")
+    vectors = StoredVectors(folder / "other")
+    manifest = build_index(vectors.passages(), folder / "index", BigramAnalyser(), vectors, "hnsw")
+    assert "change" not in manifest["dense"]
+    search = Search(open_index(folder / "index"), MixLMEncoder.from_pretrained(other_retriever, "cpu"))
+    assert search.verify() == len(passages)
 
 
 def contents(folder):
