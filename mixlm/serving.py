@@ -170,12 +170,18 @@ def build_app(answering: OpenQA, examples: Sequence[str]) -> FastAPI:
     """
     app = FastAPI(openapi_url=None)  # whose pages would come with scripts from elsewhere
     one_at_a_time = CapacityLimiter(1)  # threads cannot share a tokenizer, and would only share the cores
+    accepted = 0  # counted here, since the limiter hears of a question only some turns of the event loop later
 
     async def ask(question: str) -> dict[str, Any] | None:
         """None where too many are waiting."""
-        if one_at_a_time.statistics().tasks_waiting >= MOST_WAITING:
+        nonlocal accepted
+        if accepted > MOST_WAITING:  # one of them is being answered
             return None
-        return await to_thread.run_sync(result_of, answering, question, limiter=one_at_a_time)
+        accepted += 1
+        try:
+            return await to_thread.run_sync(result_of, answering, question, limiter=one_at_a_time)
+        finally:
+            accepted -= 1
 
     @app.middleware("http")
     async def guard(request: Request, handle):

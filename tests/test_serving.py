@@ -14,6 +14,7 @@ import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing
+from itertools import islice
 
 import psutil
 import pytest
@@ -304,12 +305,13 @@ def test_of_too_many_questions_one_more_is_told_so(search, monkeypatch):
     monkeypatch.setattr(serving, "result_of", slow)
     monkeypatch.setattr(serving, "MOST_WAITING", 2)
     app = build_app(OpenQA(search.index, StubReader({}), search.hybrid), [])
-    with running(app) as address, ThreadPoolExecutor(4) as threads:
-        asked = [threads.submit(ask_question, address, str(number)) for number in range(4)]
-        first = next(as_completed(asked))  # the others wait
+    with running(app) as address, ThreadPoolExecutor(20) as threads:
+        asked = [threads.submit(ask_question, address, str(number)) for number in range(20)]
+        refused = list(islice(as_completed(asked), 17))  # the others wait
         go_on.set()
-        assert first.result() == (503, {"error": ENGLISH.busy})
-        assert sorted(each.result()[0] for each in asked) == [200, 200, 200, 503]
+        assert all(each.result() == (503, {"error": ENGLISH.busy}) for each in refused)
+        assert sorted(each.result()[0] for each in asked) == [200] * 3 + [503] * 17
+        assert ask_question(address, "one more")[0] == 200
 
 
 def error_of(capsys, *arguments):
