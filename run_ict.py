@@ -45,7 +45,7 @@ def run(arguments: RetrievalArguments) -> dict[str, float]:
     require_vocabulary(model, source, tokenizer)
     if new_weights:
         accelerator.print(f"{source} has no {', '.join(new_weights)}: they are trained anew")
-    arguments.fit_schedule(len(data.training), accelerator.num_processes)
+    arguments.fit_steps(len(data.training), accelerator.num_processes)
     accelerator.print(
         f"{len(data.training):,} pairs and {data.hard_negatives:,} hard negatives to train on for "
         f"{arguments.num_steps:,} steps; {len(data.queries):,} queries search {len(data.passages):,} passages"

@@ -57,7 +57,7 @@ def train_reader(arguments: ReadingArguments, accelerator: Accelerator, question
     decoding, metric = decoding_of(arguments), chosen_metric(arguments, questions.validation)
     training = decoding.windows(questions.training, tokenizer, training=True)
     held_out = decoding.windows(questions.validation, tokenizer)
-    arguments.fit_schedule(len(training), accelerator.num_processes)
+    arguments.fit_steps(len(training), accelerator.num_processes)
     accelerator.print(
         f"{len(training.examples):,} questions in {len(training):,} windows to train on for {arguments.num_steps:,} "
         f"steps, {len(questions.validation):,} in {len(held_out):,} to evaluate on; "

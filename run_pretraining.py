@@ -100,6 +100,7 @@ def main():
     accelerator = prepare_run(arguments)
     tokenizer = load_tokenizer(arguments.tokenizer)
     model = build_model(arguments, tokenizer)
+    arguments.fit_learning_rate(model.config.hidden_size)
     corpus = open_corpus(
         arguments.corpus_path,
         tokenizer,

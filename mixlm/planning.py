@@ -45,6 +45,7 @@ class Setting(NamedTuple):
         precision: "fp32", "bf16" or "fp16".
         accumulates: whether an optimizer step has several forward passes.
         device: "cpu" or "cuda".
+        masked_share: of the tokens that are to be predicted.
     """
 
     zero: int = 0
@@ -54,6 +55,7 @@ class Setting(NamedTuple):
     precision: str = "fp32"
     accumulates: bool = False
     device: str = "cpu"
+    masked_share: float = MASKED_SHARE
 
     @property
     def is_fully_sharded(self) -> bool:
@@ -134,9 +136,9 @@ def simulate_step(config: PreTrainedConfig, rows: int, length: int, setting: Set
 
     Args:
         config: of the model.
-        rows, length: of the batch, all real tokens, 15% of them to be predicted; for ICT of the contexts too.
-        setting: of it counts what the step of one process depends on: precision, device, and whether blocks are
-            wrapped, for then the plain kernels run.
+        rows, length: of the batch, all real tokens; for ICT of the contexts too.
+        setting: of it counts what the step of one process depends on: precision, device, what is to be predicted, and
+            whether blocks are wrapped, for then the plain kernels run.
     """
     config = type(config).from_dict(config.to_dict())
     on_cpu = setting.device == "cpu"
@@ -167,7 +169,7 @@ def simulate_step(config: PreTrainedConfig, rows: int, length: int, setting: Set
                     lambda parameter, number=number: complete(number, parameter.grad)
                 )
             with autocast(setting.precision, torch.device("cpu")):
-                loss = model(**random_batch(config, rows, length)).loss
+                loss = model(**random_batch(config, rows, length, setting.masked_share)).loss
             forward = memory.restart()
             loss.backward()
     parameters = [Parameter(each.shape, unit_of[each], group) for each, group in group_of.items()]
@@ -175,7 +177,7 @@ def simulate_step(config: PreTrainedConfig, rows: int, length: int, setting: Set
 
 
 class _WithoutContent(TorchFunctionMode):
-    """Answers the few questions of a forward pass that only content could answer: of the tokens 15% are labelled, all
+    """Answers the few questions of a forward pass that only content could answer: how many tokens are labelled; all
     are real, and each expert gets as many as any other.
 
     For CUDA it also does what differs there: dropout keeps a mask of one byte a number, and under autocast softmax
@@ -185,7 +187,7 @@ class _WithoutContent(TorchFunctionMode):
     def __init__(self, setting: Setting):
         super().__init__()
         self.on_cuda, self.in_16_bits = setting.device == "cuda", setting.precision != "fp32"
-        self.tokens_of_an_expert = 0
+        self.masked_share, self.tokens_of_an_expert = setting.masked_share, 0
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -201,7 +203,7 @@ class _WithoutContent(TorchFunctionMode):
             return True
         if function is Tensor.__getitem__ and isinstance(args[1], Tensor) and args[1].dtype == torch.bool:
             hidden, labelled = args
-            number = max(1, round(MASKED_SHARE * labelled.numel()))
+            number = max(1, round(self.masked_share * labelled.numel()))
             return hidden.flatten(0, labelled.dim() - 1)[torch.zeros(number, dtype=torch.long)]
         if self.on_cuda and function is F.dropout:
             return torch.native_dropout(args[0], kwargs["p"], True)[0]

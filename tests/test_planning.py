@@ -8,6 +8,7 @@ from transformers import AutoModelForPreTraining
 
 from mixlm import MixLMConfig, MixLMSwitchConfig, planning
 from mixlm.cli import main
+from mixlm.cli.costs import MASKED_SHARE
 from mixlm.planning import (
     BYTES,
     Setting,
@@ -20,6 +21,7 @@ from mixlm.planning import (
     unit_sizes,
 )
 from mixlm.probing import measure, why_no_probe
+from mixlm.training.arguments import PretrainingArguments
 from mixlm.training.optimization import AdamW
 from mixlm.training.sharding import sharding_units
 
@@ -286,6 +288,19 @@ class TestVerb:
         expected = f"--preset mixlm-tiny --task SOP --max_seq_length 16 --train_batch_size {batch} --num_steps 10000"
         assert flags.split() == [*expected.split(), "--bf16"]
 
+    def test_more_tokens_to_predict_need_more_memory(self, plan):
+        def activations(*options: str) -> tuple[int, str]:
+            output = plan("--train_batch_size", "512", "--device_memory", "1GB", *options)
+            (row,) = re.findall(r"^ +0 .*", output, flags=re.MULTILINE)
+            return int(row.split()[5].replace(",", "")), output
+
+        assert MASKED_SHARE == PretrainingArguments.mlm_probability
+        usual, output = activations()
+        fewer, output_with_fewer = activations("--mlm_probability", "0.15")
+        # Scores of the vocabulary and their gradient, or copies of them, are alive at once.
+        assert usual - fewer > 2 * 0.35 * 512 * 16 * 4000 * 4 / 1e6
+        assert "--mlm_probability" not in output and "--mlm_probability 0.15" in output_with_fewer
+
     def test_names_the_smallest_zero_that_fits(self, plan):
         common = ("--world_size", "2", "--train_batch_size", "1")
         output = plan(*common, "--device_memory", "20MB")
@@ -318,6 +333,7 @@ class TestVerb:
         assert "neither a file nor a preset" in refused("--config_file", "nowhere.json")
         assert "--device_memory='0'" in refused("--preset", "mixlm-tiny", "--device_memory", "0")
         assert "--device_memory='much'" in refused("--preset", "mixlm-tiny", "--device_memory", "much")
+        assert "--mlm_probability 1.0: must be" in refused("--preset", "mixlm-tiny", "--mlm_probability", "1")
         assert "max_position_embeddings=256" in refused("--preset", "mixlm-tiny", "--max_seq_length", "257")
         assert "not allowed with" in refused("--preset", "mixlm-tiny", "--fp16", "--bf16")
         assert "not allowed with" in refused("--preset", "mixlm-tiny", "--config_file", "some.json")

@@ -480,7 +480,7 @@ def test_what_is_wrong_is_one_line(run, changes, message, tmp_path):
 def test_the_schedule_follows_from_the_data(given, processes, steps, warmup, evaluations):
     fields = {"model_name_or_path": "m", "train_file": ["f"], "train_batch_size": 8, **given}
     arguments = ReadingArguments(**fields)
-    arguments.fit_schedule(80, processes)
+    arguments.fit_steps(80, processes)
     found = arguments.num_steps, arguments.warmup_steps, arguments.eval_steps, arguments.scheduler_num_steps
     assert found == (steps, warmup, evaluations, steps)
 

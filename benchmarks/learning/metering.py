@@ -67,6 +67,20 @@ class TimingMeter(Meter):
             yield step
 
 
+def time_steps(train: Callable[[Meter], object]) -> tuple[float, float]:
+    """CPU seconds and tokens of a step, on average over the first of a training, which then ends.
+
+    Args:
+        train: trains from the start for more steps than are timed, which go through the meter's `over`.
+    """
+    meter = TimingMeter()
+    try:
+        train(meter)
+    except EnoughTimed:
+        return meter.seconds / TIMED_STEPS, meter.tokens / TIMED_STEPS
+    raise RuntimeError("the training ended before its steps were timed")
+
+
 def cost_of_a_step(train: Callable[[Meter], object], file: Path) -> tuple[float, float]:
     """CPU seconds and tokens of a step, as measured when a run was first begun.
 
@@ -74,16 +88,9 @@ def cost_of_a_step(train: Callable[[Meter], object], file: Path) -> tuple[float,
     times, and the shortest time counts.
 
     Args:
-        train: trains from the start for more steps than are timed, which go through the meter's `over`.
+        train: as in `time_steps`.
         file: where the cost is kept, so that a run that goes on has the same budget.
     """
     if not file.is_file():
-        costs = []
-        for _ in range(TIMING_ROUNDS):
-            meter = TimingMeter()
-            try:
-                train(meter)
-            except EnoughTimed:
-                costs.append((meter.seconds / TIMED_STEPS, meter.tokens / TIMED_STEPS))
-        file.write_text(json.dumps(min(costs)))
+        file.write_text(json.dumps(min(time_steps(train) for _ in range(TIMING_ROUNDS))))
     return tuple(json.loads(file.read_text()))

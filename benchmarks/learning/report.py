@@ -151,12 +151,11 @@ def metric_of(line: Line, name: str, sign: str = "") -> str:
 
 
 def beginning_of_row(line: Line) -> dict[str, Any]:
-    """The cells that all tables have; CPU minutes are there where they were the budget."""
+    """The cells that all tables have."""
     results = list(line.results.values())
     return {
         "": line.name,
         "seeds": f"{len(results)} of {line.seeds}",
-        "CPU minutes": results[0].get("minutes", ""),
         "steps": f"{statistics.mean(result['steps'] for result in results):,.0f}",
     }
 

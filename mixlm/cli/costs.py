@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from ..planning import Plan
     from ..profiling import MemoryUse, OperatorTime, Profile
 
+MASKED_SHARE = 0.5  # run_pretraining.py's default, which a parser of this program need not load torch for
+
 
 def add_profile_parser(subparsers) -> None:
     """Add `mixlm profile`."""
@@ -34,6 +36,7 @@ def add_profile_parser(subparsers) -> None:
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="threads of torch (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=3, metavar="N", help="measured steps (default: %(default)s)")
     parser.add_argument("--top", type=int, default=12, metavar="N", help="operators to show (default: %(default)s)")
+    _add_masked_share(parser)
     parser.add_argument("--inference", action="store_true", help="the encoder's forward alone, without gradients")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="where to run (default: cuda where there is one)")
     parser.set_defaults(run=profile_verb)
@@ -83,8 +86,19 @@ def add_plan_parser(subparsers) -> None:
         parser.add_argument(
             f"--{option}", type=int, default=default, metavar="N", help=f"{what} (default: {default:,})"
         )
+    _add_masked_share(parser)
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.set_defaults(run=plan_verb)
+
+
+def _add_masked_share(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--mlm_probability",
+        type=float,
+        default=MASKED_SHARE,
+        metavar="P",
+        help="share of the tokens that are to be predicted (default: %(default)s)",
+    )
 
 
 def profile_verb(arguments: argparse.Namespace) -> None:
@@ -96,6 +110,7 @@ def profile_verb(arguments: argparse.Namespace) -> None:
     if shape is None:
         raise UserError(f"--shape {arguments.shape}: give rows x tokens, both from 1 to 999,999, such as 8x128")
     rows, length = map(int, shape.groups())
+    _require_masked_share(arguments)
     import torch
 
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -107,7 +122,8 @@ def profile_verb(arguments: argparse.Namespace) -> None:
     torch.manual_seed(0)
     try:
         model = _model_to_profile(arguments, length).to(device)
-        batch = {name: inputs.to(device) for name, inputs in random_batch(model.config, rows, length).items()}
+        on_cpu = random_batch(model.config, rows, length, arguments.mlm_probability)
+        batch = {name: inputs.to(device) for name, inputs in on_cpu.items()}
         step = EncoderForward(model, batch) if arguments.inference else TrainingStep(model, batch)
         profile = profile_step(step, arguments.steps)
     except RuntimeError as error:
@@ -139,6 +155,7 @@ def plan_verb(arguments: argparse.Namespace) -> None:
         value, most = getattr(arguments, option), 10_000 if option == "world_size" else 10**9
         if value is not None and not least <= value <= most:
             raise UserError(f"--{option} {value}: must be from {least} to {most:,}")
+    _require_masked_share(arguments)
     import torch
     from tqdm import tqdm
 
@@ -171,8 +188,9 @@ def plan_verb(arguments: argparse.Namespace) -> None:
 
     precision = "fp16" if arguments.fp16 else "bf16" if arguments.bf16 else "fp32"
     accumulates = arguments.gradient_accumulation_steps > 1
+    how = (arguments.sharding_backend, arguments.auto_wrap, ranks)
     settings = [
-        Setting(zero, arguments.sharding_backend, arguments.auto_wrap, ranks, precision, accumulates, device)
+        Setting(zero, *how, precision, accumulates, device, arguments.mlm_probability)
         for zero in sorted(set(arguments.zero or (range(4) if ranks > 1 else [0])))
     ]
     speeds: list[float | None] = []
@@ -218,6 +236,11 @@ def plan_verb(arguments: argparse.Namespace) -> None:
     print(f"  {_plan_flags(fitting[0], config.model_type, arguments)}")
 
 
+def _require_masked_share(arguments: argparse.Namespace) -> None:
+    if not 0 < arguments.mlm_probability < 1:
+        raise UserError(f"--mlm_probability {arguments.mlm_probability}: must be between 0 and 1")
+
+
 def _plan_rows(
     plans: "list[Plan]", speeds: list[float | None], arguments: argparse.Namespace, length: int
 ) -> list[tuple[str, ...]]:
@@ -250,6 +273,8 @@ def _plan_flags(plan: "Plan", model_type: str, arguments: argparse.Namespace) ->
     ]
     if arguments.gradient_accumulation_steps > 1:
         flags.append(f"--gradient_accumulation_steps {arguments.gradient_accumulation_steps}")
+    if setting.masked_share != MASKED_SHARE:
+        flags.append(f"--mlm_probability {setting.masked_share:g}")
     if setting.zero:
         flags += [f"--zero {setting.zero}", f"--sharding_backend {setting.sharding_backend}"]
     if setting.auto_wrap and setting.zero >= 2:

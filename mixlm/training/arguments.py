@@ -88,7 +88,13 @@ class TrainingArguments:
         metadata={"help": "Step at which the learning rate would reach 0. Larger than num_steps: training stops "
                   "before that. None = num_steps."},
     )  # fmt: skip
-    warmup_steps: int = field(default=0, metadata={"help": "Steps in which the learning rate rises from 0."})
+    warmup_steps: int | None = field(
+        default=None, metadata={"help": "Steps in which the learning rate rises from 0. None = by warmup_ratio."}
+    )
+    warmup_ratio: float = field(
+        default=0.05,
+        metadata={"help": "Share of the schedule in which the learning rate rises, unless warmup_steps says."},
+    )
     decay_ratio: float = field(
         default=1.0,
         metadata={
@@ -166,13 +172,14 @@ class TrainingArguments:
             self.require(getattr(self, name) is None or getattr(self, name) >= 1, name, "at least 1")
         for name in ("train_batch_size", "num_workers", "max_grad_norm", "warmup_steps", "save_steps", "eval_steps"):
             self.require(getattr(self, name) is None or getattr(self, name) >= 0, name, "at least 0")
+        self.require(0 <= self.warmup_ratio < 1, "warmup_ratio", "at least 0 and below 1")
         self.require(0 < self.decay_ratio <= 1, "decay_ratio", "above 0 and at most 1")
         self.require(0 <= self.weight_decay < math.inf, "weight_decay", "at least 0 and finite")
         for name in ("learning_rate", "adam_epsilon"):
-            self.require(0 < getattr(self, name) < math.inf, name, "above 0 and finite")
+            self.require(getattr(self, name) is None or 0 < getattr(self, name) < math.inf, name, "above 0 and finite")
         self.require(0 <= self.seed < 2**32, "seed", "from 0 to 4294967295")
-        if self.num_steps is not None and self.warmup_steps is not None:
-            self.check_schedule()
+        if self.num_steps is not None:
+            self.fit_schedule()
         self.require(not (self.fp16 and self.bf16), "fp16", "off when bf16 is on")
         self.require(
             self.train_batch_size > 0 or self.tokens_per_step is None,
@@ -207,10 +214,16 @@ class TrainingArguments:
         if not allowed:
             raise UserError(f"--{name}={getattr(self, name)!r}: must be {rule}")
 
-    def check_schedule(self) -> None:
-        """Raise UserError unless the steps of training, warm-up and schedule fit together; they are known by now."""
+    def fit_schedule(self) -> None:
+        """Set scheduler_num_steps and warmup_steps, where they are to follow from num_steps.
+
+        Raises:
+            UserError: the steps of training, warm-up and schedule do not fit together.
+        """
         if self.scheduler_num_steps is None:
             self.scheduler_num_steps = self.num_steps
+        if self.warmup_steps is None:
+            self.warmup_steps = int(self.warmup_ratio * self.scheduler_num_steps)
         self.require(self.num_steps >= 1, "num_steps", "at least 1")
         enough = f"at least num_steps={self.num_steps}"
         self.require(self.scheduler_num_steps >= self.num_steps, "scheduler_num_steps", enough)
@@ -278,6 +291,22 @@ class TrainingArguments:
 class PretrainingArguments(TrainingArguments):
     """What `run_pretraining.py` takes beside that."""
 
+    # The recipe that learns most in a CPU hour: docs/experiments.md
+    learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Peak learning rate of AdamW. None = 1e-3 up to a hidden size of 256, and beyond in inverse "
+            "proportion to it."
+        },
+    )
+    decay_ratio: float = field(
+        default=0.2,
+        metadata={
+            "help": "Share of the schedule in which the learning rate falls, at its end; until then it stays at its "
+            "peak. 1 = it falls from the warm-up on."
+        },
+    )
+
     # Text: a corpus of .dat files, or a dataset
     corpus_path: str | None = field(
         default=None,
@@ -313,9 +342,9 @@ class PretrainingArguments(TrainingArguments):
     # Objective
     task: Literal["SOP", "ICT"] = field(default="SOP", metadata={"help": "What is learned beside masked tokens."})
     max_seq_length: int = field(default=128, metadata={"help": "Tokens of an example, special ones included."})
-    mlm_probability: float = field(default=0.15, metadata={"help": "Share of the tokens that are to be predicted."})
+    mlm_probability: float = field(default=0.5, metadata={"help": "Share of the tokens that are to be predicted."})
     masking: Literal["subword", "word", "ngram"] = field(
-        default="ngram", metadata={"help": "What is masked as one: a token, a whole word, or 1 to 3 words."}
+        default="word", metadata={"help": "What is masked as one: a token, a whole word, or 1 to 3 words."}
     )
     remove_query_probability: float = field(
         default=0.9, metadata={"help": "ICT: how often the query is removed from its block."}
@@ -340,6 +369,15 @@ class PretrainingArguments(TrainingArguments):
         self.require(0 < self.eval_split < 1, "eval_split", "between 0 and 1")
         self.require(self.max_eval_examples >= 1, "max_eval_examples", "at least 1")
         self.require(self.max_seq_length >= 8, "max_seq_length", "at least 8")
+
+    def fit_learning_rate(self, hidden_size: int) -> None:
+        """Set learning_rate, where it is to follow from the model's width.
+
+        1e-3 is the best at a width of 256, and AdamW's best rate falls as a model grows wider (Yang et al. 2022,
+        "Tensor Programs V", section 4).
+        """
+        if self.learning_rate is None:
+            self.learning_rate = 1e-3 * min(1.0, 256 / hidden_size)
 
     def data_sources(self) -> dict[str, list[Path] | str]:
         if self.dataset_name is not None:

@@ -43,14 +43,11 @@ class FineTuningArguments(TrainingArguments):
     num_steps: int | None = field(
         default=None, metadata={"help": "Optimizer steps to train. None = by num_train_epochs."}
     )
-    warmup_steps: int | None = field(
-        default=None, metadata={"help": "Steps in which the learning rate rises from 0. None = by warmup_ratio."}
-    )
-    num_train_epochs: float = field(default=3.0, metadata={"help": "How often to go through the data."})
     warmup_ratio: float = field(
         default=0.1,
-        metadata={"help": "Share of the steps in which the learning rate rises, unless warmup_steps says."},
+        metadata={"help": "Share of the schedule in which the learning rate rises, unless warmup_steps says."},
     )
+    num_train_epochs: float = field(default=3.0, metadata={"help": "How often to go through the data."})
     eval_steps: int | None = field(
         default=None,
         metadata={"help": "Steps between two evaluations. 0 = only at the end. None = once an epoch."},
@@ -97,7 +94,6 @@ class FineTuningArguments(TrainingArguments):
         is_named = self.dataset_config_name is None or self.dataset_name is not None
         self.require(is_named, "dataset_config_name", "left out without dataset_name")
         self.require(self.num_train_epochs > 0, "num_train_epochs", "above 0")
-        self.require(0 <= self.warmup_ratio < 1, "warmup_ratio", "at least 0 and below 1")
         self.require(0 < self.validation_split < 1, "validation_split", "between 0 and 1")
         self.require(self.tokens_per_step is None, "tokens_per_step", "left out: the number of steps depends on rows")
         says_when = self.num_steps is not None and self.eval_steps is not None
@@ -121,8 +117,8 @@ class FineTuningArguments(TrainingArguments):
                 sources[argument] = [file for path in given for file in reading_files(path)]
         return sources
 
-    def fit_schedule(self, rows_of_an_epoch: int, processes: int) -> None:
-        """Set num_steps, warmup_steps and eval_steps, where they are to follow from the data.
+    def fit_steps(self, rows_of_an_epoch: int, processes: int) -> None:
+        """Set num_steps, eval_steps and the schedule, where they are to follow from the data.
 
         Args:
             rows_of_an_epoch: how many there are to train on.
@@ -135,13 +131,9 @@ class FineTuningArguments(TrainingArguments):
                 steps_per_epoch = min(steps_per_epoch, self.max_steps_per_epoch)
         if self.num_steps is None:
             self.num_steps = max(1, round(self.num_train_epochs * steps_per_epoch))
-        if self.scheduler_num_steps is None:
-            self.scheduler_num_steps = self.num_steps
-        if self.warmup_steps is None:
-            self.warmup_steps = int(self.warmup_ratio * self.scheduler_num_steps)
         if self.eval_steps is None:
             self.eval_steps = steps_per_epoch
-        self.check_schedule()
+        self.fit_schedule()
 
 
 @dataclass(frozen=True)

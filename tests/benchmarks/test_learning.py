@@ -24,6 +24,7 @@ import metering
 import models
 import report
 import search_quality
+import step_costs
 import study
 import train_one
 
@@ -538,13 +539,40 @@ def test_a_peer_scores_labelled_tokens_with_its_own_head(kind):
     assert 0 < counts["non_embedding_parameters"] < counts["parameters"]
 
 
-def test_a_study_makes_a_run_and_keeps_it_once(tmp_path, monkeypatch, capsys):
-    """A whole one, in processes of its own, and again: nothing is left to do."""
-    corpus = tmp_path / "corpus"
-    corpus.mkdir()
+@pytest.fixture
+def corpus(tmp_path):
+    """A folder with twenty of the sample's documents."""
+    folder = tmp_path / "corpus"
+    folder.mkdir()
     documents = list(read_documents(SAMPLE))[:20]
     text = "\n\n".join("\n".join(document.sentences) for document in documents)
-    (corpus / "text.dat").write_text(text, "utf-8")
+    (folder / "text.dat").write_text(text, "utf-8")
+    return folder
+
+
+def test_the_costs_of_steps_are_those_of_the_fastest_rounds(tmp_path, corpus, monkeypatch, capsys):
+    """Lines take turns, and a line that two tables have is timed once a round."""
+    one, other = {**LINE, "fields": TINY}, {**LINE, "name": "b", "model": "bert", "fields": SMALL}
+    seconds, trained = iter([3.0, 8.0, 2.0, 5.0]), []
+
+    def time_steps(train):
+        try:
+            train(metering.TimingMeter())
+        except metering.EnoughTimed:
+            trained.append(train.args[0]["name"])
+        return next(seconds), 100.0
+
+    monkeypatch.setattr(step_costs, "time_steps", time_steps)
+    monkeypatch.setenv("MIXLM_CACHE", "")
+    file = str(table(tmp_path, *({**line, "vocabulary": 500} for line in (one, other))))
+    arguments = ["--corpus_path", str(corpus), "--work_dir", str(tmp_path / "work"), "--rounds", "2"]
+    monkeypatch.setattr(sys, "argv", ["step_costs.py", file, file, *arguments])
+    step_costs.main()
+    assert capsys.readouterr().out == " 1.000  a\n 2.500  b\n" and trained == ["a", "b", "a", "b"]
+
+
+def test_a_study_makes_a_run_and_keeps_it_once(tmp_path, corpus, monkeypatch, capsys):
+    """A whole one, in processes of its own, and again: nothing is left to do."""
     line = {
         **LINE,
         "seeds": [1],

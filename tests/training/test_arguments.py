@@ -226,6 +226,8 @@ def test_preset_and_config_file_exclude_each_other():
         ("max_grad_norm", -1),
         ("num_steps", 0),
         ("warmup_steps", -1),
+        ("warmup_ratio", -0.1),
+        ("warmup_ratio", 1),
         ("max_steps_per_epoch", 0),
         ("logging_steps", 0),
         ("save_steps", -1),
@@ -251,6 +253,22 @@ def test_preset_and_config_file_exclude_each_other():
 def test_values_out_of_range_are_named(name, value):
     message = error_of(from_command_line, **{name: value})
     assert message.startswith(f"--{name}=") and ": must be " in message
+
+
+def test_the_warm_up_is_a_share_of_the_schedule_unless_it_is_given():
+    assert from_command_line(num_steps=200).warmup_steps == 10
+    assert from_command_line(num_steps=100, scheduler_num_steps=200, warmup_ratio=0.1).warmup_steps == 20
+    assert from_command_line(num_steps=200, warmup_ratio=0.1, warmup_steps=0).warmup_steps == 0
+
+
+def test_the_learning_rate_falls_with_the_width_unless_it_is_given():
+    def fitted(hidden_size: int, **given: float) -> float:
+        arguments = from_command_line(**given)
+        arguments.fit_learning_rate(hidden_size)
+        return arguments.learning_rate
+
+    assert [fitted(128), fitted(256), fitted(1024)] == [1e-3, 1e-3, 2.5e-4]
+    assert fitted(1024, learning_rate=2e-3) == 2e-3
 
 
 def test_fp16_and_bf16_exclude_each_other():
