@@ -133,9 +133,10 @@ def _train(
             if number == WARM_UP_STEPS:
                 memory.restart()
                 started = time.perf_counter()
-            yield Position(batch=number + 1), [
-                random_batch(config, rows, length, setting.masked_share) for _ in range(micro_batches)
-            ]
+            yield (
+                Position(batch=number + 1),
+                [random_batch(config, rows, length, setting.masked_share) for _ in range(micro_batches)],
+            )
         peak, seconds = memory.peak() - before, time.perf_counter() - started
         raise _Enough
 
