@@ -39,7 +39,7 @@ def configure() -> None:
     assert_type(read_config("mixlm-base"), mixlm.MixLMConfig | mixlm.MixLMSwitchConfig)
     assert_type(mixlm.preset_names(), list[str])
     arguments = assert_type(parse_arguments(PretrainingArguments, ["a.json"]), PretrainingArguments)
-    assert_type(arguments.learning_rate, float)
+    assert_type(arguments.learning_rate, float | None)
     assert_type(arguments.run_folder, Path)
 
 
