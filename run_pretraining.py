@@ -20,6 +20,7 @@ from mixlm.tokenization import load_tokenizer, word_start_table
 from mixlm.training.arguments import PretrainingArguments, parse_arguments
 from mixlm.training.batches import TrainingBatches
 from mixlm.training.evaluation import (
+    EVALUATION_MASKING,
     EVALUATION_MASKING_PROBABILITY,
     evaluate_pretraining,
     unigram_log_probabilities,
@@ -61,19 +62,19 @@ def build_model(arguments: PretrainingArguments, tokenizer):
 
 
 def build_examples(arguments: PretrainingArguments, tokenizer, corpus: TokenizedCorpus):
-    """The training examples, and the held-out ones: masked at BERT's rate, ICT's query never in its block."""
+    """The training examples, and the held-out ones: masked alike in all runs, ICT's query never in its block."""
     blocks = corpus.blocks(arguments.max_seq_length - SentenceOrderExamples.special_tokens)
     is_held_out = corpus.held_out(arguments.eval_split)[blocks[:, 0]]
     word_start = word_start_table(tokenizer)
 
-    def build(blocks: np.ndarray, mlm_probability: float, remove_query_probability: float, seed: int):
+    def build(blocks: np.ndarray, mlm_probability: float, masking: str, remove_query_probability: float, seed: int):
         masker = TokenMasker(
             len(tokenizer),
             tokenizer.mask_token_id,
             tokenizer.all_special_ids,
             word_start,
             mlm_probability,
-            arguments.masking,
+            masking,
         )
         ids = (tokenizer.cls_token_id, tokenizer.sep_token_id)
         common = (corpus, blocks, masker, *ids, arguments.max_seq_length, seed)
@@ -82,9 +83,19 @@ def build_examples(arguments: PretrainingArguments, tokenizer, corpus: Tokenized
         return InverseClozeExamples(*common, remove_query_probability)
 
     training = build(
-        blocks[~is_held_out], arguments.mlm_probability, arguments.remove_query_probability, arguments.seed
+        blocks[~is_held_out],
+        arguments.mlm_probability,
+        arguments.masking,
+        arguments.remove_query_probability,
+        arguments.seed,
     )
-    held_out = build(blocks[is_held_out], EVALUATION_MASKING_PROBABILITY, remove_query_probability=1.0, seed=0)
+    held_out = build(
+        blocks[is_held_out],
+        EVALUATION_MASKING_PROBABILITY,
+        EVALUATION_MASKING,
+        remove_query_probability=1.0,
+        seed=0,
+    )
     held_out.limit(arguments.max_eval_examples)
     if not len(held_out):
         raise UserError(

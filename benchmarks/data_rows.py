@@ -413,6 +413,7 @@ def share_of_waiting(num_workers: int, folder: str) -> tuple[float, float]:
     )
     accelerator = prepare_run(arguments)
     model = run_pretraining.build_model(arguments, tokenizer)
+    arguments.fit_learning_rate(model.config.hidden_size)
     corpus = build_store(Path(arguments.corpus_path), tokenizer, folder)
     training, _ = run_pretraining.build_examples(arguments, tokenizer, corpus)
     order = LengthBucketedBatches(training.lengths, seed=arguments.seed, rows_per_step=arguments.train_batch_size)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from mixlm import MixLMConfig, MixLMSwitchConfig
 from mixlm.planning import Setting, make_plans
 from mixlm.probing import measure
+from mixlm.profiling import BERT_MASKED_SHARE
 
 SHAPE = {"hidden_size": 512, "num_hidden_layers": 6, "vocab_size": 16000, "max_position_embeddings": 512}
 MIXLM = {"ff_dim": 4096, "n_experts": 4, "num_heads": 4, "kernel_size": 9}
@@ -61,7 +62,7 @@ def main() -> None:
     for case in cases():
         config_class, fields = (MixLMConfig, MIXLM) if case.family == "mixlm" else (MixLMSwitchConfig, SWITCH)
         config = config_class(**SHAPE, **fields, layer_group=case.layer_group, pretraining_objective=case.task.lower())
-        setting = case.setting
+        setting = case.setting._replace(masked_share=BERT_MASKED_SHARE)
         (plan,) = make_plans(config, case.length, [setting], case.rows, budget=0)
         planned, measured = plan.use.total, measure(config, case.rows, case.length, setting, steps=2).peak_bytes
         model = f"{case.family} {plan.numbers / 1e6:.0f}M"

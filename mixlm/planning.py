@@ -26,7 +26,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForPreTraining, PreTrainedConfig
 
 from .kernels import TOKENS_PER_BLOCK
-from .profiling import MASKED_SHARE, random_batch
+from .profiling import random_batch
+from .training.arguments import PretrainingArguments
 from .training.batch_size import MOST_ROWS
 from .training.optimization import AdamW
 from .training.precision import autocast
@@ -55,7 +56,7 @@ class Setting(NamedTuple):
     precision: str = "fp32"
     accumulates: bool = False
     device: str = "cpu"
-    masked_share: float = MASKED_SHARE
+    masked_share: float = PretrainingArguments.mlm_probability
 
     @property
     def is_fully_sharded(self) -> bool:

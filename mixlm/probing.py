@@ -116,6 +116,7 @@ def _train(
         train_batch_size=rows,
         gradient_accumulation_steps=micro_batches,
         num_steps=sys.maxsize,
+        warmup_steps=0,
         zero=setting.zero,
         sharding_backend=setting.sharding_backend,
         auto_wrap=setting.auto_wrap,

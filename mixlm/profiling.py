@@ -35,7 +35,7 @@ from .errors import UserError
 from .heads import IGNORE
 from .training.optimization import AdamW
 
-MASKED_SHARE = 0.15  # BERT's: what benchmarks are measured with
+BERT_MASKED_SHARE = 0.15  # what benchmarks are measured with
 MATRIX_SIZE, MATRIX_PRODUCTS = 2048, 5  # what the peak rate is measured with
 
 
@@ -142,7 +142,7 @@ def saved_model(name_or_folder: str, length: int, inference: bool) -> PreTrained
 
 
 def random_batch(
-    config: PreTrainedConfig, rows: int, length: int, masked_share: float = MASKED_SHARE
+    config: PreTrainedConfig, rows: int, length: int, masked_share: float = BERT_MASKED_SHARE
 ) -> dict[str, Tensor]:
     """A pretraining batch of random ids without padding, [rows, length], with so many of the tokens labelled.
 

@@ -8,7 +8,7 @@ from transformers import AutoModelForPreTraining
 
 from mixlm import MixLMConfig, MixLMSwitchConfig, planning
 from mixlm.cli import main
-from mixlm.cli.costs import MASKED_SHARE
+from mixlm.cli.costs import DEFAULT_MLM_PROBABILITY
 from mixlm.planning import (
     BYTES,
     Setting,
@@ -275,7 +275,8 @@ class TestVerb:
 
     def test_shows_every_zero_and_what_to_give(self, plan):
         output = plan("--world_size", "8", "--device_memory", "100MB", "--device", "cuda", "--bf16", "--auto_wrap")
-        assert output.startswith("mixlm-tiny: 811,170 parameters, SOP, bf16, 16 tokens a row, 8 processes on cuda\n")
+        what = "mixlm-tiny: 811,170 parameters, SOP, bf16, 16 tokens a row, 50% to predict, 8 processes on cuda\n"
+        assert output.startswith(what)
         assert "A process may use 90 of 100 MB" in output
         rows = [line.split() for line in output.splitlines() if re.match(r" +[0-3] ", line)]
         assert [row[0] for row in rows] == ["0", "1", "2", "3"]
@@ -294,7 +295,7 @@ class TestVerb:
             (row,) = re.findall(r"^ +0 .*", output, flags=re.MULTILINE)
             return int(row.split()[5].replace(",", "")), output
 
-        assert MASKED_SHARE == PretrainingArguments.mlm_probability
+        assert DEFAULT_MLM_PROBABILITY == PretrainingArguments.mlm_probability
         usual, output = activations()
         fewer, output_with_fewer = activations("--mlm_probability", "0.15")
         # Scores of the vocabulary and their gradient, or copies of them, are alive at once.

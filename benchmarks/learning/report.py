@@ -153,10 +153,11 @@ def metric_of(line: Line, name: str, sign: str = "") -> str:
 def beginning_of_row(line: Line) -> dict[str, Any]:
     """The cells that all tables have."""
     results = list(line.results.values())
+    minutes = f" in {results[0]['minutes']} CPU minutes" if "minutes" in results[0] else ""
     return {
         "": line.name,
         "seeds": f"{len(results)} of {line.seeds}",
-        "steps": f"{statistics.mean(result['steps'] for result in results):,.0f}",
+        "steps": f"{statistics.mean(result['steps'] for result in results):,.0f}{minutes}",
     }
 
 

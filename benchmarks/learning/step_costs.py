@@ -4,7 +4,8 @@
     python benchmarks/learning/step_costs.py benchmarks/learning/tables/kernels.jsonl --corpus_path CORPUS
 
 The lines take turns, and the least of some rounds counts: other programs make CPU time longer, but for all lines
-alike. With it a table at equal CPU time gives each line its `steps`, which no run has to time for itself.
+alike. Lines with a task or stages are left out. With it a table at equal CPU time gives each line its `steps`, which
+no run has to time for itself.
 """
 
 import argparse
@@ -17,11 +18,11 @@ from pathlib import Path
 
 import torch
 from metering import time_steps
-from study import key_of, prepare_tokenizer, read_table
+from study import BUDGETS, key_of, prepare_tokenizer, read_table
 from tqdm import tqdm
 from train_one import train_first_steps
 
-from mixlm.errors import exits_on_user_error
+from mixlm.errors import UserError, exits_on_user_error
 from mixlm.tokenization import load_tokenizer
 
 
@@ -38,8 +39,13 @@ def main() -> None:
     work = arguments.work_dir.resolve()
     os.environ["MIXLM_CACHE"] = str(work / "cache")
     lines = {}
-    for run in (run for table in arguments.tables for run in read_table(table) if not run["task"]):
-        lines.setdefault(key_of({**run, "seed": 1, "steps": 0}), {**run, "seed": 1, "stages": []})
+    for run in (run for table in arguments.tables for run in read_table(table)):
+        # A task has other steps, and one of several stages has steps of several costs.
+        if not run["task"] and not run["stages"]:
+            line = {name: value for name, value in run.items() if name not in BUDGETS} | {"seed": 1}
+            lines.setdefault(key_of(line), line)
+    if not lines:
+        raise UserError(f"{', '.join(map(str, arguments.tables))}: no line of pretraining without stages")
     seconds: dict[str, list[float]] = {key: [] for key in lines}
     with tqdm(total=arguments.rounds * len(lines), unit="line", desc="timing") as progress:
         for _ in range(arguments.rounds):

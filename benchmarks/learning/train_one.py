@@ -1,7 +1,7 @@
 """One run of a study: `python train_one.py SPECIFICATION.json FOLDER`; what came of it is in FOLDER/result.json.
 
-It is the loop, the data and the held-out loss of run_pretraining.py. What is added is the budget: CPU time, which
-other programs on the machine do not use up, becomes a number of steps by timing a few of them first. Killed and
+It is the loop, the data and the held-out loss of run_pretraining.py. What is added is the budget: CPU time becomes a
+number of steps by timing a few of them first, on a quiet machine, since other programs make it longer. Killed and
 started again, it goes on from the last checkpoint at which the curve has a point, and ends as if nothing had been.
 """
 
@@ -47,13 +47,14 @@ DEFAULTS = {
     "max_seq_length": 64,
     "train_batch_size": 16,
     "learning_rate": 1e-3,
+    "warmup_ratio": 0.05,
     "decay_ratio": 1.0,
+    "weight_decay": 0.01,
     "mlm_probability": 0.15,
     "masking": "ngram",
 }
-WARMUP_SHARE = 0.05
 # Every run is judged on the same texts under the same masks.
-HELD_OUT = {"max_seq_length": 64, "masking": "ngram", "seed": 0}
+HELD_OUT = {"max_seq_length": 64, "seed": 0}
 # Evaluations on the way: a short run has the fewest, a long one the most.
 FEWEST_POINTS, MOST_POINTS, STEPS_OF_A_POINT = 8, 32, 250
 CURVE_EXAMPLES, FINAL_EXAMPLES = 250, 1000
@@ -210,7 +211,6 @@ def train_one(specification: dict[str, Any], folder: Path) -> dict[str, Any]:
         folder,
         "run",
         num_steps=steps,
-        warmup_steps=int(WARMUP_SHARE * steps),
         eval_steps=point_steps,
         save_steps=point_steps,  # so that where a run goes on, its cost until there is known
         # The newest can be without a point: one is written wherever a run is stopped, and the last before its point.

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ..planning import Plan
     from ..profiling import MemoryUse, OperatorTime, Profile
 
-MASKED_SHARE = 0.5  # run_pretraining.py's default, which a parser of this program need not load torch for
+DEFAULT_MLM_PROBABILITY = 0.5  # run_pretraining.py's default, which a parser of this program need not load torch for
 
 
 def add_profile_parser(subparsers) -> None:
@@ -95,7 +95,7 @@ def _add_masked_share(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mlm_probability",
         type=float,
-        default=MASKED_SHARE,
+        default=DEFAULT_MLM_PROBABILITY,
         metavar="P",
         help="share of the tokens that are to be predicted (default: %(default)s)",
     )
@@ -135,7 +135,8 @@ def profile_verb(arguments: argparse.Namespace) -> None:
 
     kind = f"{model.config.pretraining_objective.upper()} training step"
     print(f"{arguments.preset or arguments.model}: {'encoder forward' if arguments.inference else kind}")
-    print(table(_setting_rows(model, rows, length, arguments.threads)))
+    predicted = None if arguments.inference else arguments.mlm_probability
+    print(table(_setting_rows(model, rows, length, predicted, arguments.threads)))
     print("\ntime")
     print(table(_time_rows(profile, arguments.steps)))
     print("\narithmetic")
@@ -213,7 +214,7 @@ def plan_verb(arguments: argparse.Namespace) -> None:
 
     print(
         f"{name}: {plans[0].numbers:,} parameters, {arguments.task}, {precision}, {length:,} tokens a row, "
-        f"{ranks:,} {'process' if ranks == 1 else 'processes'} on {device}"
+        f"{arguments.mlm_probability:.0%} to predict, {ranks:,} {'process' if ranks == 1 else 'processes'} on {device}"
     )
     print(
         f"A process may use {budget / 1e6:,.0f} of {memory / 1e6:,.0f} MB. In MB, of the process that needs most, "
@@ -273,7 +274,7 @@ def _plan_flags(plan: "Plan", model_type: str, arguments: argparse.Namespace) ->
     ]
     if arguments.gradient_accumulation_steps > 1:
         flags.append(f"--gradient_accumulation_steps {arguments.gradient_accumulation_steps}")
-    if setting.masked_share != MASKED_SHARE:
+    if setting.masked_share != DEFAULT_MLM_PROBABILITY:
         flags.append(f"--mlm_probability {setting.masked_share:g}")
     if setting.zero:
         flags += [f"--zero {setting.zero}", f"--sharding_backend {setting.sharding_backend}"]
@@ -305,13 +306,16 @@ def _require_preset(name: str) -> None:
         raise UserError(f"--preset {name}: unknown preset{hint}")
 
 
-def _setting_rows(model: "PreTrainedModel", rows: int, length: int, threads: int) -> list[tuple[str, str, str]]:
+def _setting_rows(
+    model: "PreTrainedModel", rows: int, length: int, predicted: float | None, threads: int
+) -> list[tuple[str, str, str]]:
     import torch
 
     device = "cpu" if model.device.type == "cpu" else torch.cuda.get_device_name(model.device)
     return [
         ("parameters", f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:,.1f}M", "float32"),
         ("shape", f"{rows} x {length}", "rows x tokens"),
+        *([] if predicted is None else [("to predict", f"{predicted:.0%}", "of the tokens")]),
         ("threads", f"{threads}", device),
         ("torch", torch.__version__, ""),
     ]

@@ -13,8 +13,8 @@ from ..heads import IGNORE
 from .objectives import Batch, gather_rows
 from .sharding import Engine
 
-# Held-out text is always masked at BERT's rate, so that runs with different training rates can be compared.
-EVALUATION_MASKING_PROBABILITY = 0.15
+# Held-out text is always masked alike, at BERT's rate, so that runs with different masking can be compared.
+EVALUATION_MASKING_PROBABILITY, EVALUATION_MASKING = 0.15, "ngram"
 RECALL_CHUNK = 1024  # queries that are scored against all contexts at once
 
 
