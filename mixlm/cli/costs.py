@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ..planning import Plan
     from ..profiling import MemoryUse, OperatorTime, Profile
 
-DEFAULT_MLM_PROBABILITY = 0.5  # run_pretraining.py's default, which a parser of this program need not load torch for
+DEFAULT_MLM_PROBABILITY = 0.4  # run_pretraining.py's default, which a parser of this program need not load torch for
 
 
 def add_profile_parser(subparsers) -> None:

@@ -342,7 +342,7 @@ class PretrainingArguments(TrainingArguments):
     # Objective
     task: Literal["SOP", "ICT"] = field(default="SOP", metadata={"help": "What is learned beside masked tokens."})
     max_seq_length: int = field(default=128, metadata={"help": "Tokens of an example, special ones included."})
-    mlm_probability: float = field(default=0.5, metadata={"help": "Share of the tokens that are to be predicted."})
+    mlm_probability: float = field(default=0.4, metadata={"help": "Share of the tokens that are to be predicted."})
     masking: Literal["subword", "word", "ngram"] = field(
         default="word", metadata={"help": "What is masked as one: a token, a whole word, or 1 to 3 words."}
     )
