@@ -32,6 +32,12 @@ def golden() -> Path:
     return GOLDEN
 
 
+@pytest.fixture
+def blocks_end_inside_texts(monkeypatch):
+    """Small models have several blocks of tokens in the fused kernels, as large ones have."""
+    monkeypatch.setattr("mixlm.kernels.TOKENS_PER_BLOCK", 5)
+
+
 @pytest.fixture(autouse=True)
 def fresh_accelerate():
     """Accelerate keeps precision and process group for the whole process; a test leaves nothing to the next."""

@@ -16,6 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[2]))  # run_pretraining.py, which candidates takes too
 from accelerate import Accelerator
 from candidates import NEW_MODELS, TRAININGS
 from metering import STEPS_BEFORE_TIMING, TIMED_STEPS, Meter, cost_of_a_step
@@ -24,7 +25,6 @@ from one_run import make_one
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
 from mixlm.data.batching import Position, evaluation_batches
 from mixlm.data.corpus import Document, read_documents
 from mixlm.data.examples import SentenceOrderExamples

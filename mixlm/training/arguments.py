@@ -287,6 +287,11 @@ class TrainingArguments:
         return dataclasses.asdict(self)
 
 
+def with_default(of: type, name: str, default: Any) -> Any:
+    """A dataclass's field for a class below it, with another default and the same help."""
+    return field(default=default, metadata=of.__dataclass_fields__[name].metadata)
+
+
 @dataclass
 class PretrainingArguments(TrainingArguments):
     """What `run_pretraining.py` takes beside that."""
@@ -299,13 +304,7 @@ class PretrainingArguments(TrainingArguments):
             "proportion to it."
         },
     )
-    decay_ratio: float = field(
-        default=0.2,
-        metadata={
-            "help": "Share of the schedule in which the learning rate falls, at its end; until then it stays at its "
-            "peak. 1 = it falls from the warm-up on."
-        },
-    )
+    decay_ratio: float = with_default(TrainingArguments, "decay_ratio", 0.2)
 
     # Text: a corpus of .dat files, or a dataset
     corpus_path: str | None = field(

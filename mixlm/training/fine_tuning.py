@@ -24,7 +24,7 @@ from ..data.squad import (
     split_by_article,
 )
 from ..errors import UserError
-from .arguments import TrainingArguments, dataset_source
+from .arguments import TrainingArguments, dataset_source, with_default
 from .run import SKIPPED_FILE, on_main_process
 
 if TYPE_CHECKING:
@@ -39,14 +39,11 @@ class FineTuningArguments(TrainingArguments):
     model_name: str | None = field(
         default=None, metadata={"help": "Name of the run; its folder is output_dir/model_name. None = output_dir."}
     )
-    learning_rate: float = field(default=5e-5, metadata={"help": "Peak learning rate of AdamW."})
+    learning_rate: float = with_default(TrainingArguments, "learning_rate", 5e-5)
     num_steps: int | None = field(
         default=None, metadata={"help": "Optimizer steps to train. None = by num_train_epochs."}
     )
-    warmup_ratio: float = field(
-        default=0.1,
-        metadata={"help": "Share of the schedule in which the learning rate rises, unless warmup_steps says."},
-    )
+    warmup_ratio: float = with_default(TrainingArguments, "warmup_ratio", 0.1)
     num_train_epochs: float = field(default=3.0, metadata={"help": "How often to go through the data."})
     eval_steps: int | None = field(
         default=None,

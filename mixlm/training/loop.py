@@ -48,14 +48,12 @@ def changed_arguments(earlier: dict[str, Any], now: dict[str, Any]) -> dict[str,
 
     A run may go on with another learning rate, batch size or number of processes, but its user should see it.
     """
-    about_the_run_alone = ("model_name", "output_dir", "resume", "overwrite_output_dir", "max_minutes", "push_to_hub")
-    said_twice = "warmup_ratio"  # by warmup_steps
+    of_no_consequence = ("model_name", "output_dir", "resume", "overwrite_output_dir", "max_minutes", "push_to_hub")
+    of_no_consequence += ("warmup_ratio",)  # warmup_steps has come of it
     return {
         name: (earlier.get(name), value)
         for name, value in now.items()
-        if name not in (*about_the_run_alone, said_twice)
-        and not name.startswith("hub_")
-        and earlier.get(name) != value
+        if name not in of_no_consequence and not name.startswith("hub_") and earlier.get(name) != value
     }
 
 
