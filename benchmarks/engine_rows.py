@@ -16,7 +16,7 @@ from mixlm import MixLMConfig, MixLMForPreTraining
 from mixlm.heads import IGNORE, in_batch_retrieval_loss
 from mixlm.profiling import random_batch
 from mixlm.training.objectives import Batch, InverseClozeObjective
-from mixlm.training.optimization import AdamW
+from mixlm.training.optimization import OptimizerSettings
 from mixlm.training.sharding import Engine
 
 PRESET, VOCABULARY = "mixlm-mini", 8000
@@ -58,7 +58,7 @@ def backward(objective: InverseClozeObjective, micro_batches: list[Batch]) -> No
 
 def build_step() -> Callable[[list[Batch]], None]:
     """An optimizer step on a new model, to be called with the step's micro-batches."""
-    engine = Engine(build_model(), AdamW(learning_rate=1e-4, weight_decay=0.01, epsilon=1e-8), "fp32")
+    engine = Engine(build_model(), OptimizerSettings(learning_rate=1e-4, weight_decay=0.01, epsilon=1e-8), "fp32")
     objective = InverseClozeObjective(Accelerator(cpu=True), engine)
 
     def step(micro_batches: list[Batch]) -> None:

@@ -29,7 +29,7 @@ from .kernels import TOKENS_PER_BLOCK
 from .profiling import random_batch
 from .training.arguments import PretrainingArguments
 from .training.batch_size import MOST_ROWS
-from .training.optimization import AdamW
+from .training.optimization import OptimizerSettings
 from .training.precision import autocast
 from .training.sharding import sharding_units
 
@@ -156,7 +156,7 @@ def simulate_step(config: PreTrainedConfig, rows: int, length: int, setting: Set
             stack.enter_context(mock.patch(f"mixlm.{module}.is_bare", return_value=True))
         model = AutoModelForPreTraining.from_config(config, dtype=torch.float32).train()
         unit_of = {each: number for number, unit in enumerate(sharding_units(model)) for each in unit.parameters}
-        groups = AdamW(learning_rate=0.0, weight_decay=0.0, epsilon=0.0).groups(model)
+        groups = OptimizerSettings(learning_rate=0.0, weight_decay=0.0, epsilon=0.0).groups(model)
         group_of = {each: number for number, group in enumerate(groups) for each in group["params"]}
         backward: list[tuple[int, int]] = []
         with _LiveMemory() as memory:

@@ -33,7 +33,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForPreTraining, PreTrai
 from .configuration import MixLMConfig, MixLMSwitchConfig, read_config
 from .errors import UserError
 from .heads import IGNORE
-from .training.optimization import AdamW
+from .training.optimization import OptimizerSettings
 
 BERT_MASKED_SHARE = 0.15  # what benchmarks are measured with
 MATRIX_SIZE, MATRIX_PRODUCTS = 2048, 5  # what the peak rate is measured with
@@ -197,7 +197,7 @@ class TrainingStep:
 
     def __init__(self, model: PreTrainedModel, batch: dict[str, Tensor]):
         self.model, self.batch = model.train(), batch
-        self.optimizer = AdamW(learning_rate=1e-4, weight_decay=0.01, epsilon=1e-8).build(model)
+        self.optimizer = OptimizerSettings(learning_rate=1e-4, weight_decay=0.01, epsilon=1e-8).build(model)
         self.phases: dict[str, Callable[[], None]] = {
             "forward": self.forward,
             "backward": self.backward,

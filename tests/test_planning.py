@@ -22,7 +22,7 @@ from mixlm.planning import (
 )
 from mixlm.probing import measure, why_no_probe
 from mixlm.training.arguments import PretrainingArguments
-from mixlm.training.optimization import AdamW
+from mixlm.training.optimization import OptimizerSettings
 from mixlm.training.sharding import sharding_units
 
 LENGTH = 16
@@ -64,7 +64,7 @@ class TestStep:
     def test_knows_every_parameter_and_completes_each_gradient_once(self, config, setting):
         step = simulate_step(config, 4, LENGTH, setting)
         model = AutoModelForPreTraining.from_config(config)
-        in_order = [each for group in AdamW(0.0, 0.0, 0.0).groups(model) for each in group["params"]]
+        in_order = [each for group in OptimizerSettings(0.0, 0.0, 0.0).groups(model) for each in group["params"]]
         assert [each.shape for each in step.parameters] == [each.shape for each in in_order]
         assert {each.unit for each in step.parameters} == set(range(len(sharding_units(model))))
         assert sorted(number for number, _ in step.backward) == list(range(len(in_order)))

@@ -76,6 +76,11 @@ class PeerForPreTraining(PreTrainedModel):
         self.takes_token_types = hasattr(config, "type_vocab_size") and config.type_vocab_size > 1
         self.post_init()
 
+    @property
+    def base_model(self) -> nn.Module:
+        """The encoder without its heads, as with mixlm's models."""
+        return self.masked_lm.base_model
+
     def forward(
         self,
         input_ids: Tensor,
@@ -86,8 +91,7 @@ class PeerForPreTraining(PreTrainedModel):
     ) -> PreTrainingOutput:
         """As `MixLMForPreTraining`; all inputs are [batch, length] but for `sentence_order_label` [batch]."""
         types = {"token_type_ids": token_type_ids} if self.takes_token_types else {}
-        body = self.masked_lm.base_model
-        hidden = body(input_ids=input_ids, attention_mask=attention_mask, **types).last_hidden_state
+        hidden = self.base_model(input_ids=input_ids, attention_mask=attention_mask, **types).last_hidden_state
         labelled = labels != IGNORE
         logits, order = self._scores(hidden[labelled]), self.sop_head(hidden)
         return PreTrainingOutput(

@@ -3,19 +3,21 @@
 
     python benchmarks/learning/report.py
 
-What stands in the page between `<!-- table: NAME -->` and `<!-- end -->` becomes the table of tables/NAME.jsonl, and
-docs/learning.png the curves of tables/finalists.jsonl.
+What stands in the page between `<!-- table: NAME -->` and `<!-- end -->` becomes the table of tables/NAME.jsonl,
+docs/learning.png the curves of tables/finalists.jsonl, and docs/scaling.png what is fitted to tables/scaling.jsonl.
 """
 
 import re
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import matplotlib
 import numpy as np
-from study import FOLDER, RESULTS, key_of, read_results, read_table
+from lines import Line, beginning_of_row, grid, lines_of, loss_of, spread
+from scaling import draw_scaling, rows_of_laws, rows_of_runs
+from study import FOLDER, RESULTS, TABLES, read_results
 
 matplotlib.use("Agg")  # no screen
 from matplotlib import pyplot
@@ -23,7 +25,8 @@ from matplotlib import pyplot
 DOCUMENTS = FOLDER.parents[1] / "docs"
 PAGE = DOCUMENTS / "experiments.md"
 FIGURE = DOCUMENTS / "learning.png"
-FIGURE_TABLE, FINALIST_MINUTES = "finalists", 60
+SCALING_FIGURE = DOCUMENTS / "scaling.png"
+FIGURE_TABLE, SCALING_TABLE, FINALIST_MINUTES = "finalists", "scaling", 60
 PLACES = 200  # of a drawn curve
 READING_COLUMNS = {"EM": "exact_match", "F1": "f1"}
 RETRIEVAL_COLUMNS = {
@@ -47,44 +50,15 @@ GREATEST_P = "p, at most"
 _TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-class Line(NamedTuple):
-    """A line of a table, and what came of it.
-
-    Args:
-        name: as the table has it.
-        results: those that are there, by seed.
-        seeds: how many the table asks for.
-    """
-
-    name: str
-    results: dict[int, dict[str, Any]]
-    seeds: int
-
-
-def lines_of(table: Path, results: Iterable[dict[str, Any]]) -> list[Line]:
-    """The lines of a table in its order."""
-    by_key = {result["key"]: result for result in results}
-    lines: dict[str, Line] = {}
-    for run in read_table(table):
-        line = lines.setdefault(run["name"], Line(run["name"], {}, 0))
-        if key_of(run) in by_key:
-            line.results[run["seed"]] = by_key[key_of(run)]
-        lines[run["name"]] = line._replace(seeds=line.seeds + 1)
-    return list(lines.values())
-
-
-def markdown(lines: Sequence[Line]) -> str:
-    """A table of the lines that have results, and how many of its runs are made."""
+def markdown(lines: Sequence[Line], rows_of: Callable[[Sequence[Line]], list[dict[str, Any]]] | None = None) -> str:
+    """A table of the lines that have results, and how many of its runs are made; by task unless `rows_of` is given."""
     made, planned = sum(len(line.results) for line in lines), sum(line.seeds for line in lines)
     if not made:
         return "Not run yet.\n"
     task = next(result["task"] for line in lines for result in line.results.values())
-    rows = ROWS[task]([line for line in lines if line.results])
-    text = [f"| {' | '.join(rows[0])} |", "|---" * len(rows[0]) + "|"]
-    text += [f"| {' | '.join(map(str, row.values()))} |" for row in rows]
-    if made < planned:
-        text.append(f"\n{made} of {planned} runs are made.")
-    return "\n".join(text) + "\n"
+    rows = (rows_of or ROWS[task])([line for line in lines if line.results])
+    missing = f"\n\n{made} of {planned} runs are made." if made < planned else ""
+    return f"{grid(rows)}{missing}\n"
 
 
 def rows_of_pretraining(lines: Sequence[Line]) -> list[dict[str, Any]]:
@@ -150,34 +124,9 @@ def metric_of(line: Line, name: str, sign: str = "") -> str:
     return spread((result["metrics"][name] for result in line.results.values()), sign, digits=1)
 
 
-def beginning_of_row(line: Line) -> dict[str, Any]:
-    """The cells that all tables have."""
-    results = list(line.results.values())
-    minutes = f" in {results[0]['minutes']} CPU minutes" if "minutes" in results[0] else ""
-    return {
-        "": line.name,
-        "seeds": f"{len(results)} of {line.seeds}",
-        "steps": f"{statistics.mean(result['steps'] for result in results):,.0f}{minutes}",
-    }
-
-
-def loss_of(result: dict[str, Any]) -> float:
-    """The held-out loss at the end, in nats per masked token."""
-    return result["metrics"]["mlm_loss"]
-
-
 def loss_per_character(result: dict[str, Any]) -> float:
     """The same in nats per character, as tokens are long on average."""
     return loss_of(result) / result["characters_per_token"]
-
-
-def spread(values: Iterable[float], sign: str = "", digits: int = 3) -> str:
-    """Mean ± standard deviation; of one value that value, of none nothing."""
-    values = list(values)
-    if not values:
-        return ""
-    mean = f"{statistics.mean(values):{sign}.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
 ROWS = {None: rows_of_pretraining, "reading": rows_of_reading, "retrieval": rows_of_retrieval}
@@ -188,7 +137,11 @@ def rewrite(page: str, results: Sequence[dict[str, Any]]) -> str:
 
     def table(match: re.Match) -> str:
         begin, name, end = match.groups()
-        return f"{begin}\n{markdown(lines_of(FOLDER / 'tables' / f'{name}.jsonl', results))}\n{end}"
+        lines = lines_of(TABLES / f"{name}.jsonl", results)
+        text = markdown(lines)
+        if name == SCALING_TABLE and any(line.results for line in lines):
+            text = f"{markdown(lines, rows_of_runs)}\n{grid(rows_of_laws(lines))}\n"
+        return f"{begin}\n{text}\n{end}"
 
     return _TABLE.sub(table, page)
 
@@ -241,9 +194,10 @@ def draw_curves(lines: Sequence[Line], file: Path) -> None:
 def main() -> None:
     results = read_results(RESULTS)
     PAGE.write_text(rewrite(PAGE.read_text("utf-8"), results), "utf-8")
-    finalists = lines_of(FOLDER / "tables" / f"{FIGURE_TABLE}.jsonl", results)
-    if any(line.results for line in finalists):
-        draw_curves(finalists, FIGURE)
+    for table, draw, figure in ((FIGURE_TABLE, draw_curves, FIGURE), (SCALING_TABLE, draw_scaling, SCALING_FIGURE)):
+        lines = lines_of(TABLES / f"{table}.jsonl", results)
+        if any(line.results for line in lines):
+            draw(lines, figure)
 
 
 if __name__ == "__main__":

@@ -81,6 +81,13 @@ class TrainingArguments:
     learning_rate: float = field(default=2e-4, metadata={"help": "Peak learning rate of AdamW."})
     weight_decay: float = field(default=0.01, metadata={"help": "Decay of weights; none on biases and LayerNorms."})
     adam_epsilon: float = field(default=1e-8, metadata={"help": "Epsilon of AdamW."})
+    muon: bool = field(
+        default=False,
+        metadata={
+            "help": "Update the matrices of the encoder's layers by Muon, and the rest by AdamW. Not where fairscale "
+            "shares out parameters."
+        },
+    )
     max_grad_norm: float = field(default=1.0, metadata={"help": "Clip the global gradient norm to this. 0 = never."})
     num_steps: int = field(default=10_000, metadata={"help": "Optimizer steps to train."})
     scheduler_num_steps: int | None = field(
@@ -198,6 +205,12 @@ class TrainingArguments:
         if self.zero3:
             self.require(self.zero in (0, 3), "zero", "3 (or left out) with zero3")
             self.zero = 3
+        shares_out = self.zero == 3 or (self.zero == 2 and self.auto_wrap)
+        self.require(
+            not (self.muon and shares_out and self.sharding_backend == "fairscale"),
+            "muon",
+            "left out where fairscale shares out parameters (zero 3, and 2 with auto_wrap); torch can do both",
+        )
         if self.model_name is not None:
             named_well = self.model_name not in ("", ".", "..") and not set(self.model_name) & set("/\\")
             self.require(named_well, "model_name", "a plain folder name, without slashes")

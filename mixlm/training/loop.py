@@ -30,7 +30,7 @@ from .checkpoint import (
 )
 from .memory import MemoryMeter
 from .objectives import Batch, Objective, Term
-from .optimization import AdamW, learning_rate_factor
+from .optimization import OptimizerSettings, learning_rate_factor
 from .precision import LossScale
 from .publishing import CheckpointPusher
 from .record import record_run
@@ -144,6 +144,11 @@ class _Run:
         earlier_arguments, read_moments = {}, None
         if checkpoint is not None:
             self.state, earlier_arguments, read_moments = load_checkpoint(checkpoint, model)
+            if (had_muon := bool(earlier_arguments.get("muon"))) != arguments.muon:
+                raise UserError(
+                    f"{checkpoint}: was trained {'with' if had_muon else 'without'} --muon, whose moments are not "
+                    "AdamW's; go on in the same way"
+                )
         self.engine = self._build_engine(model.to(accelerator.device))
         self.loss_scale = LossScale() if arguments.precision == "fp16" else None
         self.objective = objective_class(accelerator, self.engine)
@@ -204,9 +209,11 @@ class _Run:
             self.accelerator.print(f"--auto_wrap: without effect with --zero {arguments.zero}")
         elif arguments.auto_wrap:
             self.accelerator.print(describe(units, ranks))
-        adamw = AdamW(arguments.learning_rate, arguments.weight_decay, arguments.adam_epsilon)
+        settings = OptimizerSettings(
+            arguments.learning_rate, arguments.weight_decay, arguments.adam_epsilon, arguments.muon
+        )
         units = units if arguments.auto_wrap else units[-1:]
-        return build_engine(model, adamw, arguments.precision, arguments.zero, arguments.sharding_backend, units)
+        return build_engine(model, settings, arguments.precision, arguments.zero, arguments.sharding_backend, units)
 
     def _find_batch_size(self, trial_batches: TrainingBatches, earlier_arguments: dict[str, Any]) -> None:
         """Set `train_batch_size` to what fits; model, optimizer and generators are afterwards as they were before.
@@ -240,7 +247,7 @@ class _Run:
                 self.engine.forget_gradients()
                 self.engine.forget_moments()
 
-        about = ("zero", "sharding_backend", "auto_wrap", "fp16", "bf16", "memory_limit")
+        about = ("zero", "sharding_backend", "auto_wrap", "muon", "fp16", "bf16", "memory_limit")
         settings = {
             **{name: getattr(arguments, name) for name in about},
             "configuration": self.skeleton.config.to_diff_dict(),

@@ -1,39 +1,149 @@
-"""AdamW's parameter groups and the learning rate of a step."""
+"""AdamW and Muon: which parameters each of them updates and how, and the learning rate of a step."""
 
+import math
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+# Newton-Schulz iteration to the nearest orthogonal matrix (K. Jordan, "Muon", 2024): coefficients of
+# a X + b X Xᵀ X + c (X Xᵀ)² X, which brings every singular value between 0.7 and 1.2 in few rounds.
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+NEWTON_SCHULZ_ROUNDS = 5
+MUON_MOMENTUM = 0.95
+# Entries of an orthogonal matrix times this and the root of its longer side are as large as AdamW's updates are.
+ADAMW_UPDATE = 0.2
 
 
-class AdamW(NamedTuple):
-    """The settings of AdamW (arXiv:1711.05101), with which an engine makes the optimizer over its own parameters."""
+class OptimizerSettings(NamedTuple):
+    """With which an engine makes the optimizer over its own parameters.
+
+    Args:
+        learning_rate: of the first step; the loop sets that of the others.
+        weight_decay: share of a weight that goes with a step, times the learning rate (arXiv:1711.05101).
+        epsilon: of AdamW.
+        muon: update the matrices of the encoder by `Muon`, and by AdamW only the rest.
+    """
 
     learning_rate: float
     weight_decay: float
     epsilon: float
+    muon: bool = False
 
     def groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        """All parameters of the model in two groups: biases and LayerNorms do not decay."""
+        """All parameters of the model, once each.
+
+        The first two groups are AdamW's: what decays, and biases and LayerNorms, which do not. Muon has a group for
+        each shape that its parameters have as `matrices`.
+        """
+        matrices = matrices_of(model) if self.muon else {}
         decayed, free = [], []
         for module in model.modules():
             for name, parameter in module.named_parameters(recurse=False):
                 is_free = isinstance(module, nn.LayerNorm) or name.endswith("bias")
                 (free if is_free else decayed).append(parameter)
         # A tied parameter occurs once in each module that uses it.
-        return [
-            {"params": list(dict.fromkeys(decayed)), "weight_decay": self.weight_decay},
+        groups = [
+            {"params": [each for each in dict.fromkeys(decayed) if each not in matrices]},
             {"params": list(dict.fromkeys(free)), "weight_decay": 0.0},
         ]
+        for shape in dict.fromkeys(matrices.values()):
+            groups.append({"params": [each for each in matrices if matrices[each] == shape], "matrices": shape})
+        return [{"weight_decay": self.weight_decay, **group} for group in groups]
+
+    @property
+    def optimizer_class(self) -> type[torch.optim.AdamW]:
+        """What takes the groups and the options."""
+        return Muon if self.muon else torch.optim.AdamW
 
     @property
     def options(self) -> dict[str, Any]:
-        """What torch.optim.AdamW takes beside the groups."""
+        """What the optimizer takes beside the groups."""
         return {"lr": self.learning_rate, "eps": self.epsilon, "fused": True}
 
     def build(self, model: nn.Module) -> torch.optim.AdamW:
-        """The optimizer of a model that is whole on every rank, or whose parameters know how they are sharded."""
-        return torch.optim.AdamW(self.groups(model), **self.options)
+        """The optimizer of a model that is whole on every rank."""
+        return self.optimizer_class(self.groups(model), **self.options)
+
+
+def matrices_of(model: nn.Module) -> dict[nn.Parameter, tuple[int, int, int]]:
+    """What Muon updates: the weights of the encoder's layers, and their shape as matrices, (how many, rows, columns).
+
+    A linear layer is one matrix, a convolution one for each of its groups, and stacked experts one each. Embeddings
+    and heads are not among them: their rows are tokens and classes, each for itself.
+    """
+    tables = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+    matrices = {}
+    for module in model.base_model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() < 2 or name.endswith("bias") or parameter in tables:
+                continue
+            rows, columns = parameter.shape[-2:]
+            if isinstance(module, nn.Conv1d):
+                rows, columns = parameter.shape[0] // module.groups, parameter[0].numel()
+            matrices[parameter] = (parameter.numel() // (rows * columns), rows, columns)
+    return matrices
+
+
+class Muon(torch.optim.AdamW):
+    """Muon for the groups that have `matrices`, AdamW for the others.
+
+    An update is the orthogonalized momentum (Nesterov's), scaled to the size of AdamW's updates, so that learning rate
+    and weight decay mean the same (Liu et al. 2025, arXiv:2502.16982, section 2.2). A matrix needs one moment instead
+    of two; it has AdamW's name for it, which it is: a moving average of the gradient.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Update the parameters that have a gradient."""
+        groups = self.param_groups
+        for group in groups:
+            if "matrices" in group:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        self._update(parameter, group)
+        try:
+            self.param_groups = [group for group in groups if "matrices" not in group]
+            super().step()
+        finally:
+            self.param_groups = groups
+
+    def _update(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), device=parameter.device)
+            state["exp_avg"] = torch.zeros_like(parameter)
+        state["step"] += 1
+        state["exp_avg"].lerp_(parameter.grad, 1 - MUON_MOMENTUM)
+        momentum = torch.lerp(parameter.grad, state["exp_avg"], MUON_MOMENTUM)
+        scale = ADAMW_UPDATE * math.sqrt(max(group["matrices"][1:]))
+        parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        parameter.sub_(self._orthogonalized(momentum, group["matrices"]), alpha=group["lr"] * scale)
+
+    def _orthogonalized(self, momentum: Tensor, shape: tuple[int, int, int]) -> Tensor:
+        """In its own shape, what is orthogonalized as matrices of `shape`."""
+        return orthogonalized(momentum.reshape(shape)).view_as(momentum)
+
+
+def orthogonalized(matrices: Tensor) -> Tensor:
+    """Each of [..., rows, columns] with all singular values near 1.
+
+    X becomes p(X Xᵀ) X in every round, so that X Xᵀ can go through the rounds alone: it has the length of the shorter
+    side only. That halves the work where one side is four times as long as the other.
+    """
+    a, b, c = NEWTON_SCHULZ
+    is_tall = matrices.shape[-2] > matrices.shape[-1]
+    wide = matrices.mT if is_tall else matrices
+    wide = wide / (torch.linalg.matrix_norm(wide, keepdim=True) + 1e-7)
+    gram = wide @ wide.mT
+    total = None
+    for _ in range(NEWTON_SCHULZ_ROUNDS):
+        factor = b * gram + c * gram @ gram
+        factor.diagonal(dim1=-2, dim2=-1).add_(a)
+        total = factor if total is None else factor @ total
+        gram = factor @ gram @ factor
+    wide = total @ wide
+    return wide.mT if is_tall else wide
 
 
 def learning_rate_factor(step: int, warmup_steps: int, scheduler_num_steps: int, decay_ratio: float = 1.0) -> float:

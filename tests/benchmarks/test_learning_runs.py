@@ -24,7 +24,7 @@ from mixlm.encoder import MixLMEncoder
 from mixlm.errors import RunStopped
 from mixlm.tokenization import train_tokenizer
 from mixlm.training.checkpoint import STATE_FILE, skeleton_of
-from mixlm.training.optimization import AdamW
+from mixlm.training.optimization import OptimizerSettings
 from mixlm.training.stopping import StopRequest
 
 
@@ -55,23 +55,16 @@ def test_stages_follow_one_another_and_resume_in_any():
         assert list(itertools.islice(resumed, 8 - done)) == whole[done:]
 
 
-def test_muon_moves_matrices_by_orthogonal_steps():
-    torch.manual_seed(0)
-    model = models.build_model("mixlm", {"hidden_size": 64, "ff_dim": 64, "num_hidden_layers": 1}, Tokenizer())
-    optimizer = candidates.build_muon(AdamW(learning_rate=0.1, weight_decay=0.0, epsilon=1e-8), model)
-    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    for parameter in model.parameters():
-        parameter.grad = torch.randn_like(parameter)
-    optimizer.step()
-    for name, parameter in model.named_parameters():
-        change = (parameter - before[name]).detach()
-        if "stack" in name and name.endswith("weight") and "norm" not in name:
-            groups = 4 if "convolution" in name else 1
-            rows = len(change) // groups
-            matrices = change.reshape(groups, rows, -1) / (0.1 * 0.2 * max(rows, change[0].numel()) ** 0.5)
-            assert (torch.linalg.svdvals(matrices) - 1).abs().max() < 0.4, name
-        else:  # the first step of AdamW: the sign of the gradient
-            torch.testing.assert_close(change, -0.1 * parameter.grad.sign(), rtol=1e-3, atol=1e-5)
+@pytest.mark.parametrize("kind", ["mixlm", *models.PEERS])
+def test_muon_has_no_table_and_no_head_of_any_model(kind):
+    model = models.build_model(kind, TINY if kind == "mixlm" else SMALL, Tokenizer())
+    with candidates.TRAININGS["muon"]():
+        groups = OptimizerSettings(0.1, 0.0, 1e-8).groups(model)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    taken = [names[parameter] for group in groups if "matrices" in group for parameter in group["params"]]
+    assert len(taken) >= 4
+    assert not [name for name in taken if "head" in name or "embeddings.weight" in name or "predictions" in name]
+    assert len(OptimizerSettings(0.1, 0.0, 1e-8).groups(model)) == 2
 
 
 def test_the_cosine_rises_to_the_peak_and_falls_to_nothing():

@@ -21,7 +21,7 @@ from mixlm.training.checkpoint import (
     skeleton_of,
     verify,
 )
-from mixlm.training.optimization import AdamW
+from mixlm.training.optimization import OptimizerSettings
 from mixlm.training.sharding import Engine
 
 STATE = TrainingState(3, Position(1, 2, 3, 4))
@@ -43,7 +43,7 @@ def trained(make_model, make_rows):
 
 
 def engine_of(model):
-    return Engine(model, AdamW(learning_rate=1e-2, weight_decay=0.1, epsilon=1e-8), "fp32")
+    return Engine(model, OptimizerSettings(learning_rate=1e-2, weight_decay=0.1, epsilon=1e-8), "fp32")
 
 
 def saved(folder, engine, state=STATE):

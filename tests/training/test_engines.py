@@ -14,6 +14,12 @@ from mixlm.training.report import read_curves
 from mixlm.training.verification import CASES, Case
 
 ENGINES = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+# fairscale's full sharding has no whole matrices.
+ENGINES_WITH_MUON = pytest.mark.parametrize(
+    "case",
+    [case for case in CASES if case.sharding_backend == "torch" or (case.zero < 3 and not case.auto_wrap)],
+    ids=lambda case: case.name,
+)
 # Large beside rounding: AdamW would make a full step of a gradient that is nothing else.
 EPSILON = 1e-3
 
@@ -104,6 +110,17 @@ def test_every_engine_follows_one_process(tmp_path, one_process, two_ranks, case
     assert_close(checkpoint(tmp_path, 3), checkpoint(expected, 3), rtol=1e-3, atol=2e-6)
 
 
+@pytest.mark.parametrize("family", ["mixlm", "switch"])
+@ENGINES_WITH_MUON
+def test_every_engine_follows_one_process_with_muon(tmp_path, one_process, two_ranks, case, family):
+    run = {"family": family, "dropout_prob": 0.0, "num_hidden_layers": 2}
+    arguments = {"num_steps": 3, "muon": True, "weight_decay": 0.1}
+    expected = one_process(arguments, run)
+    two_ranks(train_on_a_rank, str(tmp_path), {**arguments, **case._asdict()}, run)
+    np.testing.assert_allclose(curve(tmp_path, "train/loss"), curve(expected, "train/loss"), rtol=2e-5)
+    assert_close(checkpoint(tmp_path, 3), checkpoint(expected, 3), rtol=1e-3, atol=1e-5)
+
+
 def gradient(output_dir: Path) -> dict[str, torch.Tensor]:
     """After one step AdamW's first moment is a tenth of the gradient."""
     return {name: 10 * tensor for name, tensor in checkpoint(output_dir, 1).items() if name.startswith("exp_avg/")}
@@ -152,6 +169,20 @@ def test_a_resumed_run_equals_one_without_interruption(tmp_path, two_ranks, case
     two_ranks(train_on_a_rank, str(tmp_path / "resumed"), {**arguments, **going_on}, {})
     assert_same_bits(checkpoint(tmp_path / "resumed", 5), checkpoint(tmp_path / "whole", 5))
     assert curve(tmp_path / "resumed", "train/loss").tolist() == curve(tmp_path / "whole", "train/loss")[2:].tolist()
+
+
+@ENGINES_WITH_MUON
+def test_a_resumed_run_with_muon_equals_one_without_interruption(tmp_path, two_ranks, case):
+    """To the bit; a matrix has one moment."""
+    arguments = {"num_steps": 4, "save_total_limit": 3, "muon": True, **case._asdict()}
+    two_ranks(train_on_a_rank, str(tmp_path / "whole"), {**arguments, "save_steps": 2}, {})
+    going_on = {"save_steps": 0, "resume": str(tmp_path / "whole/run/checkpoints/step-00000002")}
+    two_ranks(train_on_a_rank, str(tmp_path / "resumed"), {**arguments, **going_on}, {})
+    resumed = checkpoint(tmp_path / "resumed", 4)
+    assert_same_bits(resumed, checkpoint(tmp_path / "whole", 4))
+    matrix, table = "encoder.stack.attentions.0.o_proj.weight", "encoder.embeddings.word_embeddings.weight"
+    assert f"exp_avg/{matrix}" in resumed and f"exp_avg_sq/{matrix}" not in resumed
+    assert f"exp_avg_sq/{table}" in resumed
 
 
 def test_a_checkpoint_goes_on_under_any_other_engine(tmp_path, two_ranks, four_ranks):

@@ -5,13 +5,22 @@ import pytest
 import torch
 from torch import nn
 
-from mixlm.training.optimization import AdamW, learning_rate_factor
+from mixlm.errors import UserError
+from mixlm.training.optimization import (
+    MUON_MOMENTUM,
+    NEWTON_SCHULZ,
+    NEWTON_SCHULZ_ROUNDS,
+    OptimizerSettings,
+    learning_rate_factor,
+    matrices_of,
+    orthogonalized,
+)
 from mixlm.training.precision import LossScale
 
 
 def groups_by_name(model) -> dict[str, float]:
     """Parameter name -> weight decay; every parameter has to be in exactly one group."""
-    optimizer = AdamW(learning_rate=0.1, weight_decay=0.3, epsilon=1e-7).build(model)
+    optimizer = OptimizerSettings(learning_rate=0.1, weight_decay=0.3, epsilon=1e-7).build(model)
     names = {parameter: name for name, parameter in model.named_parameters()}
     found = [
         (names[parameter], group["weight_decay"]) for group in optimizer.param_groups for parameter in group["params"]
@@ -56,11 +65,123 @@ def test_the_tied_decoder_is_there_once_and_decays(make_model):
 
 
 def test_settings_reach_adamw(make_model):
-    optimizer = AdamW(learning_rate=0.1, weight_decay=0.3, epsilon=1e-7).build(make_model())
+    optimizer = OptimizerSettings(learning_rate=0.1, weight_decay=0.3, epsilon=1e-7).build(make_model())
     assert isinstance(optimizer, torch.optim.AdamW)
     assert {(group["lr"], group["eps"], group["betas"]) for group in optimizer.param_groups} == {
         (0.1, 1e-7, (0.9, 0.999))
     }
+
+
+@pytest.mark.parametrize("family", ["mixlm", "switch"])
+def test_muon_has_the_weights_of_the_layers_and_adamw_the_rest(make_model, family):
+    model = make_model(family)
+    shapes = {name: matrices_of(model).get(parameter) for name, parameter in model.named_parameters()}
+    with_muon = {name for name, shape in shapes.items() if shape is not None}
+    assert with_muon == {
+        name
+        for name, parameter in model.named_parameters()
+        if name.startswith("encoder.stack") and name.endswith("weight") and "norm" not in name.lower()
+    }
+    if family == "mixlm":  # kernel_size 5 and 3, for 2 kernel groups in each of 2 slices
+        hidden, width = model.config.hidden_size, model.config.ff_dim
+        assert shapes["encoder.stack.attentions.0.o_proj.weight"] == (1, hidden, hidden)
+        first, second = (f"encoder.stack.feed_forwards.0.convolution.convolutions.{n}.weight" for n in (0, 1))
+        assert shapes[first] == (2, width // 4, hidden // 4 * 5)
+        assert shapes[second] == (2, width // 4, hidden // 4 * 3)
+    else:
+        assert {shapes[name] for name in shapes if name.endswith("experts.up_weight")} == {
+            (model.config.n_experts, model.config.ff_dim, model.config.hidden_size)
+        }
+    groups = OptimizerSettings(0.1, 0.3, 1e-7, muon=True).groups(model)
+    assert sorted(map(id, model.parameters())) == sorted(id(each) for group in groups for each in group["params"])
+    assert [group["weight_decay"] for group in groups] == [0.3, 0.0] + [0.3] * (len(groups) - 2)
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (3, 16, 40), (40, 16)])
+def test_orthogonalized_is_the_iteration_as_it_was_published(shape):
+    """a X + b (X Xᵀ) X + c (X Xᵀ)² X, five times, in float64; and its singular values are near 1."""
+    a, b, c = NEWTON_SCHULZ
+    matrices = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected = matrices / torch.linalg.matrix_norm(matrices, keepdim=True)
+    for _ in range(NEWTON_SCHULZ_ROUNDS):
+        gram = expected @ expected.mT
+        expected = a * expected + (b * gram + c * gram @ gram) @ expected
+    torch.testing.assert_close(orthogonalized(matrices), expected, rtol=1e-5, atol=1e-5)
+    assert 0.6 < torch.linalg.svdvals(orthogonalized(matrices)).min() < 1.3
+    # What tiny singular values of a float32 matrix become is small, and a number.
+    low_rank = (matrices[..., :1] * matrices[..., :1, :]).float()
+    assert torch.linalg.svdvals(orthogonalized(low_rank))[..., 1:].max() < 0.1
+    assert orthogonalized(torch.zeros(4, 6)).abs().max() == 0
+
+
+def test_muon_makes_the_steps_of_torch(make_model):
+    """torch.optim.Muon knows matrices only, and orthogonalizes in bfloat16. The other parameters go AdamW's way."""
+    ours, torchs = make_model("mixlm"), make_model("mixlm")
+    optimizer = OptimizerSettings(0.02, 0.3, 1e-7, muon=True).build(ours)
+    plain = {id(p) for p, shape in matrices_of(torchs).items() if shape[0] == 1}
+    others = [group["params"] for group in OptimizerSettings(0.02, 0.3, 1e-7).groups(torchs)]
+    with_muon = [p for p in torchs.parameters() if id(p) in plain]
+    muon = torch.optim.Muon(with_muon, 0.02, 0.3, MUON_MOMENTUM, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW(
+        [{"params": [p for p in others[0] if id(p) not in plain]}, {"params": others[1], "weight_decay": 0.0}],
+        lr=0.02,
+        weight_decay=0.3,
+        eps=1e-7,
+    )
+    start = {name: parameter.detach().clone() for name, parameter in ours.named_parameters()}
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        for mine, its in zip(ours.parameters(), torchs.parameters(), strict=True):
+            mine.grad = torch.randn(mine.shape, generator=generator)
+            its.grad = mine.grad.clone()
+        for each in (optimizer, muon, adamw):
+            each.step()
+    convolutions = {
+        name for name, _ in ours.named_parameters() if ".convolutions." in name and name.endswith("weight")
+    }
+    for (name, mine), its in zip(ours.named_parameters(), torchs.parameters(), strict=True):
+        if name not in convolutions:
+            tolerance = 0.05 * (its - start[name]).abs().max().item() if id(its) in plain else 1e-6
+            torch.testing.assert_close(
+                mine, its, rtol=0, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}"
+            )
+
+
+def test_muon_moves_each_matrix_of_a_convolution_by_an_orthogonal_step(make_model):
+    model = make_model("mixlm")
+    optimizer = OptimizerSettings(0.1, 0.0, 1e-7, muon=True).build(model)
+    before = {parameter: parameter.detach().clone() for parameter in model.parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    optimizer.step()
+    for parameter, (count, rows, columns) in matrices_of(model).items():
+        change = (parameter - before[parameter]).detach().reshape(count, rows, columns)
+        values = torch.linalg.svdvals(change / (0.1 * 0.2 * max(rows, columns) ** 0.5))
+        assert 0.4 < values.min() and values.max() < 1.3
+
+
+def test_a_matrix_without_a_gradient_stays(make_model):
+    model = make_model("switch")
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    optimizer = OptimizerSettings(0.1, 0.3, 1e-7, muon=True).build(model)
+    optimizer.step()
+    assert not optimizer.state
+    assert all(map(torch.equal, before, model.parameters()))
+
+
+@pytest.mark.parametrize(("zero", "auto_wrap"), [(3, False), (2, True), (3, True)])
+def test_muon_is_refused_where_there_are_no_whole_matrices(make_arguments, zero, auto_wrap):
+    settings = {"muon": True, "zero": zero, "auto_wrap": auto_wrap}
+    with pytest.raises(UserError, match=r"--muon=True: must be left out where fairscale shares out parameters"):
+        make_arguments(sharding_backend="fairscale", **settings)
+    assert make_arguments(sharding_backend="torch", **settings).muon
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_moments_of_one_optimizer_are_not_taken_for_those_of_another(make_arguments, run_training, first):
+    run_training(make_arguments(num_steps=2, muon=first))
+    with pytest.raises(UserError, match=f"was trained {'with' if first else 'without'} --muon"):
+        run_training(make_arguments(num_steps=3, muon=not first, resume="auto"))
 
 
 def test_learning_rate_without_warm_up():

@@ -10,7 +10,7 @@ from mixlm.data.batching import evaluation_batches
 from mixlm.errors import UserError
 from mixlm.training.evaluation import evaluate_pretraining, unigram_log_probabilities
 from mixlm.training.objectives import SentenceOrderObjective
-from mixlm.training.optimization import AdamW
+from mixlm.training.optimization import OptimizerSettings
 from mixlm.training.sharding import build_engine, sharding_units, this_rank
 
 
@@ -39,7 +39,7 @@ def evaluate_on_a_rank(task: str, size: int, rows: int, zero: int) -> dict[str, 
     accelerator = Accelerator(cpu=True)
     model = build_model(task=task)
     units = sharding_units(model)
-    engine = build_engine(model, AdamW(1e-3, 0.0, 1e-8), "fp32", zero, "torch", units)
+    engine = build_engine(model, OptimizerSettings(1e-3, 0.0, 1e-8), "fp32", zero, "torch", units)
     engine.eval()
     ranks, rank = accelerator.num_processes, accelerator.process_index
     batches = evaluation_batches(Rows(task, size), rows, 0, rank, ranks)

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 import mixlm
 from mixlm.data.batching import collate
 from mixlm.training.objectives import ReadingObjective
-from mixlm.training.optimization import AdamW
+from mixlm.training.optimization import OptimizerSettings
 from mixlm.training.sharding import build_engine, number_of_ranks, this_rank
 
 
@@ -36,7 +36,7 @@ def gradients(micro_batches: int) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
     accelerator = Accelerator(cpu=True)
     engine = build_engine(
-        mixlm.MixLMForQuestionAnswering(config).double(), AdamW(1e-3, 0.0, 1e-8), "fp32", 0, "torch", []
+        mixlm.MixLMForQuestionAnswering(config).double(), OptimizerSettings(1e-3, 0.0, 1e-8), "fp32", 0, "torch", []
     )
     engine.train()
     objective = ReadingObjective(accelerator, engine)

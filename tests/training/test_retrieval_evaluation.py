@@ -10,7 +10,7 @@ from small_runs import PASSAGES, Rows, build_model, passage_ids
 
 from mixlm.data.retrieval import EMPTY_PASSAGE, EncodedTexts
 from mixlm.training import retrieval
-from mixlm.training.optimization import AdamW
+from mixlm.training.optimization import OptimizerSettings
 from mixlm.training.retrieval import RetrievalData, best_passages, evaluate_retrieval
 from mixlm.training.sharding import build_engine, sharding_units
 from mixlm.training.verification import CASES, Case
@@ -62,7 +62,7 @@ def metrics_on_a_rank(case: Case, rows: int) -> dict[str, float]:
     model = build_model("mixlm", "retrieval", two_towers=True)
     units = sharding_units(model)
     units = units if case.auto_wrap else units[-1:]
-    engine = build_engine(model, AdamW(1e-3, 0.0, 1e-8), "fp32", case.zero, case.sharding_backend, units)
+    engine = build_engine(model, OptimizerSettings(1e-3, 0.0, 1e-8), "fp32", case.zero, case.sharding_backend, units)
     engine.eval()
     return evaluate_retrieval(engine, data(), rows, TOKENIZER, Accelerator(cpu=True))
 

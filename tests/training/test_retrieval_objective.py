@@ -15,7 +15,7 @@ from torch import Tensor
 from mixlm.data.batching import collate
 from mixlm.data.retrieval import EMPTY_PASSAGE
 from mixlm.training.objectives import RetrievalObjective, repeated_candidates, with_context
-from mixlm.training.optimization import AdamW
+from mixlm.training.optimization import OptimizerSettings
 from mixlm.training.sharding import build_engine, number_of_ranks, this_rank
 
 # Losses are float32 whatever the model; in float64 the encoder adds no error of its own.
@@ -174,7 +174,9 @@ def test_a_batch_with_one_more_context():
 
 def gradients_of_a_rank(family: str, sizes: list[int]) -> dict[str, Tensor]:
     """Of a step over all ranks, by name; a rank has every `ranks`-th row."""
-    engine = build_engine(build_model(family, "retrieval").double(), AdamW(1e-3, 0.0, 1e-8), "fp32", 0, "torch", [])
+    engine = build_engine(
+        build_model(family, "retrieval").double(), OptimizerSettings(1e-3, 0.0, 1e-8), "fp32", 0, "torch", []
+    )
     engine.train()
     objective = RetrievalObjective(Accelerator(cpu=True), engine, 3.0, EMPTY_PASSAGE_IDS)
     batches = micro_batches(examples()[this_rank() :: number_of_ranks()], sizes)

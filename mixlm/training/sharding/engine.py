@@ -17,9 +17,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..optimization import AdamW
+from ..optimization import OptimizerSettings, matrices_of
 from ..precision import autocast
 
+# Of a parameter that AdamW updates; Muon's have the first.
 MOMENTS = ("exp_avg", "exp_avg_sq")
 # A step counter is kept a parameter, as torch does: one that had no gradient yet has none.
 STEP = "step"
@@ -42,7 +43,7 @@ class Engine:
     Args:
         model: a PreTrainedModel on its device. It is the engine's from now on: a sharding engine takes its parameters
             apart. The parameters of rank 0 count.
-        adamw: the optimizer's settings.
+        settings: the optimizer's settings.
         precision: "fp32", "fp16" or "bf16": of the matrix products of a forward pass. Parameters, gradients and
             moments are as the model is, and so is everything in the checkpoint.
     """
@@ -50,7 +51,7 @@ class Engine:
     # Whether a rank has a part of all gradients after a backward pass, so that a norm is a sum over ranks.
     shares_out_gradients = False
 
-    def __init__(self, model: nn.Module, adamw: AdamW, precision: str):
+    def __init__(self, model: nn.Module, settings: OptimizerSettings, precision: str):
         self.config, self.precision = model.config, precision
         self.device = next(model.parameters()).device
         if number_of_ranks() > 1:
@@ -60,11 +61,13 @@ class Engine:
         self.parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
         # Which parameters of the model each of these holds, and their shapes: itself, unless an engine joins several.
         self.contents = {name: {name: parameter.shape} for name, parameter in self.parameters.items()}
-        self.module, self.optimizer = self._prepare(model, adamw)
+        muon = matrices_of(model) if settings.muon else {}
+        self.with_one_moment = {name for name, parameter in self.parameters.items() if parameter in muon}
+        self.module, self.optimizer = self._prepare(model, settings)
 
-    def _prepare(self, model: nn.Module, adamw: AdamW) -> tuple[nn.Module, torch.optim.Optimizer]:
+    def _prepare(self, model: nn.Module, settings: OptimizerSettings) -> tuple[nn.Module, torch.optim.Optimizer]:
         """The module to call, and the optimizer over what this rank has of the parameters."""
-        optimizer = adamw.build(model)
+        optimizer = settings.build(model)
         if number_of_ranks() > 1:
             model = DistributedDataParallel(model, gradient_as_bucket_view=True)
         return model, optimizer
@@ -142,10 +145,10 @@ class Engine:
     def whole_moments(self) -> Iterator[tuple[str, Tensor]]:
         """AdamW's state whole, as `exp_avg/name`, `exp_avg_sq/name` and `step/name`. As `whole_parameters`."""
         for name, parameter in self.parameters.items():
-            state = self._state_of(parameter)
+            state = self._state_of(parameter, self._moments_of(name))
             if state is not None:
                 yield from ((f"{STEP}/{each}", state[STEP].clone()) for each in self.contents[name])
-                for moment in MOMENTS:
+                for moment in self._moments_of(name):
                     pieces = self._by_name(name, self._whole(parameter, state[moment]))
                     yield from ((f"{moment}/{each}", tensor) for each, tensor in pieces)
 
@@ -156,7 +159,7 @@ class Engine:
             if not steps or not self._updates(parameter):
                 continue
             state = {STEP: max(steps).to(self.device)}
-            for moment in MOMENTS:
+            for moment in self._moments_of(name):
                 # A parameter that never had a gradient has no moments, but may be in one with others that have.
                 tensors = [(read(f"{moment}/{each}"), shape) for each, shape in self.contents[name].items()]
                 flat = [
@@ -175,8 +178,13 @@ class Engine:
         for (each, shape), piece in zip(contents.items(), pieces, strict=True):
             yield each, piece.view(shape).clone()  # what goes to the disk must not share memory
 
-    def _state_of(self, parameter: nn.Parameter) -> dict[str, Tensor] | None:
-        """What this rank knows of the optimizer's state of a parameter; None where no rank has any."""
+    def _moments_of(self, name: str) -> tuple[str, ...]:
+        """The moments that the optimizer keeps of a parameter."""
+        return MOMENTS[:1] if name in self.with_one_moment else MOMENTS
+
+    def _state_of(self, parameter: nn.Parameter, moments: tuple[str, ...]) -> dict[str, Tensor] | None:
+        """What this rank knows of the optimizer's state of a parameter, its step and these moments; None where no rank
+        has any."""
         return self._optimizer_state().get(parameter)
 
     def _optimizer_state(self) -> dict[nn.Parameter, dict[str, Tensor]]:

@@ -22,7 +22,7 @@ from fairscale.optim import OSS
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..optimization import AdamW
+from ..optimization import OptimizerSettings
 from .engine import Engine, number_of_ranks, this_rank
 from .owners import OwnerEngine
 
@@ -36,8 +36,8 @@ warnings.filterwarnings(
 class FairscaleZero1(OwnerEngine):
     """ZeRO-1: parameters and gradients on every rank, moments with their owner."""
 
-    def _prepare(self, model: nn.Module, adamw: AdamW) -> tuple[nn.Module, torch.optim.Optimizer]:
-        optimizer = OSS(adamw.groups(model), torch.optim.AdamW, **adamw.options)
+    def _prepare(self, model: nn.Module, settings: OptimizerSettings) -> tuple[nn.Module, torch.optim.Optimizer]:
+        optimizer = OSS(settings.groups(model), settings.optimizer_class, **settings.options)
         return DistributedDataParallel(model, gradient_as_bucket_view=True), optimizer
 
 
@@ -46,8 +46,8 @@ class FairscaleZero2(OwnerEngine):
 
     shares_out_gradients = True
 
-    def _prepare(self, model: nn.Module, adamw: AdamW) -> tuple[nn.Module, torch.optim.Optimizer]:
-        optimizer = OSS(adamw.groups(model), torch.optim.AdamW, **adamw.options)
+    def _prepare(self, model: nn.Module, settings: OptimizerSettings) -> tuple[nn.Module, torch.optim.Optimizer]:
+        optimizer = OSS(settings.groups(model), settings.optimizer_class, **settings.options)
         return ShardedDataParallel(
             model, optimizer, broadcast_buffers=False, reduce_buffer_size=0, warn_on_trainable_params_changed=False
         ), optimizer
@@ -70,19 +70,25 @@ class FairscaleFullySharded(Engine):
     shares_out_gradients = True
 
     def __init__(
-        self, model: nn.Module, adamw: AdamW, precision: str, *, units: list[nn.Module], reshard_after_forward: bool
+        self,
+        model: nn.Module,
+        settings: OptimizerSettings,
+        precision: str,
+        *,
+        units: list[nn.Module],
+        reshard_after_forward: bool,
     ):
         self.units, self.reshard_after_forward = units, reshard_after_forward
-        super().__init__(model, adamw, precision)
+        super().__init__(model, settings, precision)
 
-    def _prepare(self, model: nn.Module, adamw: AdamW) -> tuple[nn.Module, torch.optim.Optimizer]:
+    def _prepare(self, model: nn.Module, settings: OptimizerSettings) -> tuple[nn.Module, torch.optim.Optimizer]:
         names = {parameter: name for name, parameter in self.parameters.items()}
         places = {
             (module, own): names[parameter]
             for module in model.modules()
             for own, parameter in module.named_parameters(recurse=False)
         }
-        decayed = {names[parameter] for parameter in adamw.groups(model)[0]["params"]}
+        decayed = {names[parameter] for parameter in settings.groups(model)[0]["params"]}
 
         wrap = FullyShardedDataParallel if self.device.type == "cuda" else _CpuFullyShardedDataParallel
         options = {
@@ -102,9 +108,9 @@ class FairscaleFullySharded(Engine):
             }
             for name, flat in self.parameters.items()
         }
-        self.weight_decay = adamw.weight_decay
+        self.weight_decay = settings.weight_decay
         self.decaying = {name: self._entries_of(name, decayed) for name in self.parameters}
-        return model, torch.optim.AdamW(self.parameters.values(), weight_decay=0.0, **adamw.options)
+        return model, torch.optim.AdamW(self.parameters.values(), weight_decay=0.0, **settings.options)
 
     def _entries_of(self, name: str, wanted: set[str]) -> list[slice]:
         """Where in this rank's piece of a flat parameter those of the model lie that are `wanted`."""

@@ -4,20 +4,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .engine import MOMENTS, STEP, Engine, this_rank
+from .engine import STEP, Engine, this_rank
 
 
 class OwnerEngine(Engine):
     """What the optimizers that give each parameter an owner have in common (ZeRO, arXiv:1910.02054, section 5.1).
 
-    `self.optimizer.optim` is the owner's AdamW over its own parameters; after a step each sends them to all.
+    `self.optimizer.optim` is the owner's optimizer over its own parameters; after a step each sends them to all.
     """
 
     def owner_of(self, parameter: nn.Parameter) -> int:
         """The rank that updates the parameter."""
         return self.optimizer._param_to_rank[parameter]
 
-    def _state_of(self, parameter: nn.Parameter) -> dict[str, Tensor] | None:
+    def _state_of(self, parameter: nn.Parameter, moments: tuple[str, ...]) -> dict[str, Tensor] | None:
         """As in `Engine._state_of`; the owner sends it to all."""
         state = self._optimizer_state().get(parameter)
         never = torch.tensor(-1.0, device=self.device)
@@ -25,10 +25,10 @@ class OwnerEngine(Engine):
         dist.broadcast(step, src=self.owner_of(parameter))
         if step < 0:
             return None
-        moments = {name: torch.empty_like(parameter.data) if state is None else state[name] for name in MOMENTS}
-        for moment in moments.values():
+        received = {name: torch.empty_like(parameter.data) if state is None else state[name] for name in moments}
+        for moment in received.values():
             dist.broadcast(moment, src=self.owner_of(parameter))
-        return {STEP: step, **moments}
+        return {STEP: step, **received}
 
     def _optimizer_state(self) -> dict[nn.Parameter, dict[str, Tensor]]:
         return self.optimizer.optim.state

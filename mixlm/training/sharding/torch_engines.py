@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.distributed.tensor import distribute_tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ..optimization import AdamW
+from ..optimization import Muon, OptimizerSettings
 from .engine import Engine, number_of_ranks
 from .owners import OwnerEngine
 
@@ -23,9 +23,18 @@ warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a vi
 class TorchZero1(OwnerEngine):
     """ZeRO-1: parameters and gradients on every rank, moments with their owner."""
 
-    def _prepare(self, model: nn.Module, adamw: AdamW) -> tuple[nn.Module, torch.optim.Optimizer]:
-        optimizer = ZeroRedundancyOptimizer(adamw.groups(model), torch.optim.AdamW, **adamw.options)
+    def _prepare(self, model: nn.Module, settings: OptimizerSettings) -> tuple[nn.Module, torch.optim.Optimizer]:
+        optimizer = ZeroRedundancyOptimizer(settings.groups(model), settings.optimizer_class, **settings.options)
         return DistributedDataParallel(model, gradient_as_bucket_view=True), optimizer
+
+
+class ShardedMuon(Muon):
+    """Muon of parameters of which every rank has a part: to orthogonalize a matrix takes all of it."""
+
+    def _orthogonalized(self, momentum: DTensor, shape: tuple[int, int, int]) -> DTensor:
+        # Every rank gathers the momentum and does the same work, so that nothing needs to be sent back.
+        whole = super()._orthogonalized(momentum.full_tensor(), shape)
+        return distribute_tensor(whole, momentum.device_mesh, momentum.placements, src_data_rank=None)
 
 
 class TorchFullySharded(Engine):
@@ -40,17 +49,24 @@ class TorchFullySharded(Engine):
     shares_out_gradients = True
 
     def __init__(
-        self, model: nn.Module, adamw: AdamW, precision: str, *, units: list[nn.Module], reshard_after_forward: bool
+        self,
+        model: nn.Module,
+        settings: OptimizerSettings,
+        precision: str,
+        *,
+        units: list[nn.Module],
+        reshard_after_forward: bool,
     ):
         self.units, self.reshard_after_forward = units, reshard_after_forward
-        super().__init__(model, adamw, precision)
+        super().__init__(model, settings, precision)
 
-    def _prepare(self, model: nn.Module, adamw: AdamW) -> tuple[nn.Module, torch.optim.Optimizer]:
+    def _prepare(self, model: nn.Module, settings: OptimizerSettings) -> tuple[nn.Module, torch.optim.Optimizer]:
         mesh = init_device_mesh(self.device.type, (number_of_ranks(),))
         for module in (*self.units, model):
             fully_shard(module, mesh=mesh, reshard_after_forward=self.reshard_after_forward)
         self.parameters = dict(model.named_parameters())  # sharded ones have taken the place of those that were there
-        return model, adamw.build(model)
+        optimizer_class = ShardedMuon if settings.muon else settings.optimizer_class
+        return model, optimizer_class(settings.groups(model), **settings.options)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
