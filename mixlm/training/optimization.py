@@ -122,7 +122,7 @@ class Muon(torch.optim.AdamW):
 
     def _orthogonalized(self, momentum: Tensor, shape: tuple[int, int, int]) -> Tensor:
         """In its own shape, what is orthogonalized as matrices of `shape`."""
-        return orthogonalized(momentum.reshape(shape)).view_as(momentum)
+        return orthogonalized(momentum.reshape(shape)).reshape(momentum.shape)
 
 
 def orthogonalized(matrices: Tensor) -> Tensor:

@@ -148,7 +148,9 @@ def test_muon_makes_the_steps_of_torch(make_model):
 
 
 def test_muon_moves_each_matrix_of_a_convolution_by_an_orthogonal_step(make_model):
-    model = make_model("mixlm")
+    """Of those with more rows than columns, too."""
+    model = make_model("mixlm", ff_dim=256)
+    assert {rows > columns for _, rows, columns in matrices_of(model).values()} == {False, True}
     optimizer = OptimizerSettings(0.1, 0.0, 1e-7, muon=True).build(model)
     before = {parameter: parameter.detach().clone() for parameter in model.parameters()}
     for parameter in model.parameters():
