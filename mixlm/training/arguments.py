@@ -78,7 +78,7 @@ class TrainingArguments:
     num_workers: int = field(default=1, metadata={"help": "Processes that prepare batches. 0 = the training process."})
 
     # Optimization
-    learning_rate: float = field(default=2e-4, metadata={"help": "Peak learning rate of AdamW."})
+    learning_rate: float = field(default=2e-4, metadata={"help": "Peak learning rate."})
     weight_decay: float = field(default=0.01, metadata={"help": "Decay of weights; none on biases and LayerNorms."})
     adam_epsilon: float = field(default=1e-8, metadata={"help": "Epsilon of AdamW."})
     muon: bool = field(
@@ -119,7 +119,7 @@ class TrainingArguments:
     zero: Literal[0, 1, 2, 3] = field(
         default=0,
         metadata={
-            "help": "What the processes share out rather than each having it whole: 0 nothing, 1 AdamW's moments, "
+            "help": "What the processes share out rather than each having it whole: 0 nothing, 1 moments, "
             "2 gradients too, 3 parameters too."
         },
     )
@@ -313,8 +313,8 @@ class PretrainingArguments(TrainingArguments):
     learning_rate: float | None = field(
         default=None,
         metadata={
-            "help": "Peak learning rate of AdamW. None = 1e-3 up to a hidden size of 256, and beyond in inverse "
-            "proportion to it."
+            "help": "Peak learning rate. None = 1e-3, or with muon 2e-3, up to a hidden size of 256, and beyond in "
+            "inverse proportion to it."
         },
     )
     decay_ratio: float = with_default(TrainingArguments, "decay_ratio", 0.2)
@@ -385,12 +385,13 @@ class PretrainingArguments(TrainingArguments):
     def fit_learning_rate(self, hidden_size: int) -> None:
         """Set learning_rate, where it is to follow from the model's width.
 
-        No rate of those tried, from 5e-4 to 2e-3, was better than 1e-3 at a width of 256 (docs/experiments.md). Adam's
-        best rate for matrices is in inverse proportion to their width (Yang et al. 2022, "Tensor Programs V", table
-        3); here that is simplified to one rate for all parameters.
+        Of the rates tried at a width of 256, from 5e-4 to 2e-3, none was better than 1e-3, and with Muon, from 1e-3 to
+        4e-3, none better than 2e-3 (docs/experiments.md). Adam's best rate for matrices is in inverse proportion to
+        their width (Yang et al. 2022, "Tensor Programs V", table 3); here that is simplified to one rate for all
+        parameters.
         """
         if self.learning_rate is None:
-            self.learning_rate = 1e-3 * min(1.0, 256 / hidden_size)
+            self.learning_rate = (2e-3 if self.muon else 1e-3) * min(1.0, 256 / hidden_size)
 
     def data_sources(self) -> dict[str, list[Path] | str]:
         if self.dataset_name is not None:

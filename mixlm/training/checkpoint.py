@@ -2,7 +2,7 @@
 
     step-00001000/
       model/                  plain `from_pretrained`, with the tokenizer
-      optimizer.safetensors   AdamW's moments by parameter name
+      optimizer.safetensors   the optimizer's moments by parameter name
       state.json              step, position in the data, resolved arguments, versions, hashes of the files
 
 Written beside, flushed, hashed, renamed; older ones are deleted only afterwards. There is no random state to save:
@@ -80,7 +80,7 @@ def save_checkpoint(
         folder: where it is to be, e.g. `.../step-00001000`.
         skeleton: from `skeleton_of`.
         parameters: by name, whole, on the CPU.
-        moments: AdamW's state, by names as in `Engine.whole_moments`.
+        moments: the optimizer's state, by names as in `Engine.whole_moments`.
         state: steps done and place in the data.
         arguments: the resolved arguments of the run.
         tokenizer: of the model, if it has one.
@@ -129,7 +129,7 @@ def load_checkpoint(
     """Fill the model from a checkpoint that was verified.
 
     Returns:
-        the state, the arguments the checkpoint was written with, and what reads AdamW's state by names as in
+        the state, the arguments the checkpoint was written with, and what reads the optimizer's state by names as in
         `Engine.whole_moments`: a tensor at a time, as far as it is wanted.
 
     Raises:

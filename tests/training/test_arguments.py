@@ -262,13 +262,14 @@ def test_the_warm_up_is_a_share_of_the_schedule_unless_it_is_given():
 
 
 def test_the_learning_rate_falls_with_the_width_unless_it_is_given():
-    def fitted(hidden_size: int, **given: float) -> float:
-        arguments = from_command_line(**given)
+    def fitted(hidden_size: int, *flags: str, **given: float) -> float:
+        arguments = from_command_line(*flags, **given)
         arguments.fit_learning_rate(hidden_size)
         return arguments.learning_rate
 
     assert [fitted(128), fitted(256), fitted(1024)] == [1e-3, 1e-3, 2.5e-4]
-    assert fitted(1024, learning_rate=2e-3) == 2e-3
+    assert [fitted(256, "--muon"), fitted(1024, "--muon")] == [2e-3, 5e-4]
+    assert fitted(1024, learning_rate=2e-3) == fitted(1024, "--muon", learning_rate=2e-3) == 2e-3
 
 
 def test_fp16_and_bf16_exclude_each_other():

@@ -18,7 +18,7 @@ def build_engine(
         model: a PreTrainedModel on its device.
         settings: the optimizer's settings.
         precision: "fp32", "fp16" or "bf16".
-        zero: 0 to 3. What the ranks share out: nothing; AdamW's moments; gradients too; parameters too.
+        zero: 0 to 3. What the ranks share out: nothing; the optimizer's moments; gradients too; parameters too.
         backend: "fairscale" or "torch". Each is imported only if it is used.
         units: from `sharding_units`, for `--auto_wrap`; the root alone otherwise.
     """

@@ -1,7 +1,7 @@
 """What a sharding engine is to the training loop.
 
-An engine says how the parameters, their gradients and AdamW's moments are spread over the ranks, and hides it: the
-loop calls the engine as it would call the model, and what goes to the disk is whole tensors by their names in the
+An engine says how the parameters, their gradients and the optimizer's moments are spread over the ranks, and hides it:
+the loop calls the engine as it would call the model, and what goes to the disk is whole tensors by their names in the
 model. So a checkpoint of one engine, precision and number of ranks goes on under any other.
 
 The engine of this file keeps everything on every rank. The others, one file per library, override what they do
@@ -132,7 +132,7 @@ class Engine:
         self.optimizer.zero_grad(set_to_none=True)
 
     def forget_moments(self) -> None:
-        """AdamW as it was before its first step."""
+        """The optimizer as it was before its first step."""
         self._optimizer_state().clear()
 
     # -- whole tensors --
@@ -143,7 +143,7 @@ class Engine:
             yield from self._by_name(name, self._whole(parameter, self._own(parameter)))
 
     def whole_moments(self) -> Iterator[tuple[str, Tensor]]:
-        """AdamW's state whole, as `exp_avg/name`, `exp_avg_sq/name` and `step/name`. As `whole_parameters`."""
+        """The optimizer's state whole, as `exp_avg/name`, `exp_avg_sq/name` and `step/name`; as `whole_parameters`."""
         for name, parameter in self.parameters.items():
             state = self._state_of(parameter, self._moments_of(name))
             if state is not None:
@@ -153,7 +153,7 @@ class Engine:
                     yield from ((f"{moment}/{each}", tensor) for each, tensor in pieces)
 
     def load_moments(self, read: Callable[[str], Tensor | None]) -> None:
-        """Take AdamW's state from `read`, which maps a name as in `whole_moments` to its tensor, or to None."""
+        """Take the optimizer's state from `read`: of a name as in `whole_moments` its tensor, or None."""
         for name, parameter in self.parameters.items():
             steps = [step for each in self.contents[name] if (step := read(f"{STEP}/{each}")) is not None]
             if not steps or not self._updates(parameter):
