@@ -131,19 +131,25 @@ def orthogonalized(matrices: Tensor) -> Tensor:
     X becomes p(X Xᵀ) X in every round, so that X Xᵀ can go through the rounds alone: it has the length of the shorter
     side only. That halves the work where one side is four times as long as the other.
     """
-    a, b, c = NEWTON_SCHULZ
     is_tall = matrices.shape[-2] > matrices.shape[-1]
     wide = matrices.mT if is_tall else matrices
     wide = wide / (torch.linalg.matrix_norm(wide, keepdim=True) + 1e-7)
     gram = wide @ wide.mT
-    total = None
-    for _ in range(NEWTON_SCHULZ_ROUNDS):
-        factor = b * gram + c * gram @ gram
-        factor.diagonal(dim1=-2, dim2=-1).add_(a)
-        total = factor if total is None else factor @ total
+    product = factor = _newton_schulz(gram)
+    for _ in range(NEWTON_SCHULZ_ROUNDS - 1):
         gram = factor @ gram @ factor
-    wide = total @ wide
+        factor = _newton_schulz(gram)
+        product = factor @ product
+    wide = product @ wide
     return wide.mT if is_tall else wide
+
+
+def _newton_schulz(gram: Tensor) -> Tensor:
+    """a + b G + c G², by which a round multiplies X."""
+    a, b, c = NEWTON_SCHULZ
+    factor = b * gram + c * gram @ gram
+    factor.diagonal(dim1=-2, dim2=-1).add_(a)
+    return factor
 
 
 def learning_rate_factor(step: int, warmup_steps: int, scheduler_num_steps: int, decay_ratio: float = 1.0) -> float:
