@@ -145,10 +145,8 @@ class _Run:
         if checkpoint is not None:
             self.state, earlier_arguments, read_moments = load_checkpoint(checkpoint, model)
             if (had_muon := bool(earlier_arguments.get("muon"))) != arguments.muon:
-                raise UserError(
-                    f"{checkpoint}: was trained {'with' if had_muon else 'without'} --muon, whose moments are not "
-                    "AdamW's; go on in the same way"
-                )
+                way = "with" if had_muon else "without"
+                raise UserError(f"{checkpoint}: was trained {way} --muon, whose moments differ; go on {way} it")
         self.engine = self._build_engine(model.to(accelerator.device))
         self.loss_scale = LossScale() if arguments.precision == "fp16" else None
         self.objective = objective_class(accelerator, self.engine)
