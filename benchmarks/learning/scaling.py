@@ -16,6 +16,7 @@ from lines import Line, beginning_of_row, loss_of, spread
 
 matplotlib.use("Agg")  # no screen
 from matplotlib import pyplot
+from matplotlib.ticker import NullFormatter
 
 BEYOND = 4.0  # how many times the most tokens that were seen a figure goes on
 PLACES = 100  # of a drawn curve
@@ -150,7 +151,8 @@ def draw_scaling(lines: Sequence[Line], file: Path) -> None:
     Beyond what was seen the line is dashed. The band is two standard errors of a new run, if the law goes on.
     """
     families = points_by_family(lines)
-    figure, axes = pyplot.subplots(1, len(families), figsize=(6.5 * len(families), 5), sharey=True, squeeze=False)
+    size_of_figure = (6.5 * len(families), 5)
+    figure, axes = pyplot.subplots(1, len(families), figsize=size_of_figure, sharex=True, sharey=True, squeeze=False)
     for axis, (family, points) in zip(axes[0], families.items(), strict=True):
         law = fit(points)
         least, most = min(point.tokens for point in points), max(point.tokens for point in points)
@@ -171,8 +173,10 @@ def draw_scaling(lines: Sequence[Line], file: Path) -> None:
         axis.grid(alpha=0.3, which="both")
         axis.legend()
     axes[0][0].set_ylabel("held-out loss (nats per masked token)")
-    axes[0][0].yaxis.set_major_formatter("{x:g}")
-    axes[0][0].yaxis.set_minor_formatter("{x:g}")
+    for axis in (axes[0][0].xaxis, axes[0][0].yaxis):  # which all panels share
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter(NullFormatter())
+    axes[0][0].set_yticks([2.5, 3, 3.5, 4, 4.5, 5])
     figure.tight_layout()
     figure.savefig(file, dpi=110)
     pyplot.close(figure)
