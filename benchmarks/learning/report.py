@@ -138,10 +138,9 @@ def rewrite(page: str, results: Sequence[dict[str, Any]]) -> str:
     def table(match: re.Match) -> str:
         begin, name, end = match.groups()
         lines = lines_of(TABLES / f"{name}.jsonl", results)
-        text = markdown(lines)
         if name == SCALING_TABLE and any(line.results for line in lines):
-            text = f"{markdown(lines, rows_of_runs)}\n{grid(rows_of_laws(lines))}\n"
-        return f"{begin}\n{text}\n{end}"
+            return f"{begin}\n{markdown(lines, rows_of_runs)}\n{grid(rows_of_laws(lines))}\n\n{end}"
+        return f"{begin}\n{markdown(lines)}\n{end}"
 
     return _TABLE.sub(table, page)
 
