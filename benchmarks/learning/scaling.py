@@ -53,7 +53,7 @@ class PowerLaw(NamedTuple):
     deviation: float
 
     def predict(self, parameters: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """ln L and the standard error of a new measurement of it; everything is [points]."""
+        """ln L and the standard error of a new measurement of it, if the law holds; everything is [points]."""
         features = _features(parameters, tokens)
         variance = np.einsum("pi,ij,pj->p", features, self.covariance, features) + self.deviation**2
         return features @ self.coefficients, np.sqrt(variance)
@@ -136,11 +136,18 @@ def rows_of_laws(lines: Sequence[Line]) -> list[dict[str, Any]]:
 
 
 def errors_beyond(points: Sequence[Point]) -> list[float]:
-    """By what share the longest runs of each size lose more than all others predict; none where those make no law."""
-    most = {point.parameters: point.steps for point in sorted(points, key=lambda point: point.steps)}
-    longest = [point for point in points if point.steps == most[point.parameters]]
+    """By what share the longest runs of each size lose more than the shorter ones predict.
+
+    None of a size that has no shorter run, and none at all where the shorter ones make no law.
+    """
+    steps: dict[int, set[int]] = {}
+    for point in points:
+        steps.setdefault(point.parameters, set()).add(point.steps)
+    longest = [
+        point for point in points if point.steps == max(steps[point.parameters]) and len(steps[point.parameters]) > 1
+    ]
     law = fit([point for point in points if point not in longest])
-    if law is None:
+    if law is None or not longest:
         return []
     return list(np.array([point.loss for point in longest]) / law.losses(longest) - 1)
 

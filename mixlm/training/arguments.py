@@ -388,7 +388,7 @@ class PretrainingArguments(TrainingArguments):
         Of the rates tried at a width of 256, from 5e-4 to 2e-3, none was better than 1e-3, and with Muon, from 1e-3 to
         4e-3, none better than 2e-3 (docs/experiments.md). Adam's best rate for matrices is in inverse proportion to
         their width (Yang et al. 2022, "Tensor Programs V", table 3); here that is simplified to one rate for all
-        parameters.
+        parameters, and taken for Muon too, which was measured at that width alone.
         """
         if self.learning_rate is None:
             self.learning_rate = (2e-3 if self.muon else 1e-3) * min(1.0, 256 / hidden_size)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 # Newton-Schulz iteration to the nearest orthogonal matrix (K. Jordan, "Muon", 2024): coefficients of
-# a X + b X Xᵀ X + c (X Xᵀ)² X, which brings every singular value between 0.7 and 1.2 in few rounds.
+# a X + b X Xᵀ X + c (X Xᵀ)² X, which brings all but the smallest singular values near 1 in few rounds.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_ROUNDS = 5
 MUON_MOMENTUM = 0.95
@@ -67,20 +67,21 @@ class OptimizerSettings(NamedTuple):
 
 
 def matrices_of(model: nn.Module) -> dict[nn.Parameter, tuple[int, int, int]]:
-    """What Muon updates: the weights of the encoder's layers, and their shape as matrices, (how many, rows, columns).
+    """What Muon updates: the weights of the encoders' layers, and their shape as matrices, (how many, rows, columns).
 
     A linear layer is one matrix, a convolution one for each of its groups, and stacked experts one each. Embeddings
     and heads are not among them: their rows are tokens and classes, each for itself.
     """
     tables = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+    towers = [model.base_model, getattr(model, "context_encoder", None)]  # a retriever can have two
     matrices = {}
-    for module in model.base_model.modules():
+    for module in (module for tower in towers if tower is not None for module in tower.modules()):
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.dim() < 2 or name.endswith("bias") or parameter in tables:
                 continue
             rows, columns = parameter.shape[-2:]
             if isinstance(module, nn.Conv1d):
-                rows, columns = parameter.shape[0] // module.groups, parameter[0].numel()
+                rows, columns = parameter.shape[0] // module.groups, parameter.shape[1:].numel()
             matrices[parameter] = (parameter.numel() // (rows * columns), rows, columns)
     return matrices
 
@@ -129,7 +130,7 @@ def orthogonalized(matrices: Tensor) -> Tensor:
     """Each of [..., rows, columns] with all singular values near 1.
 
     X becomes p(X Xᵀ) X in every round, so that X Xᵀ can go through the rounds alone: it has the length of the shorter
-    side only. That halves the work where one side is four times as long as the other.
+    side only. That halves the work where one side is four times as long as the other; a square costs a quarter more.
     """
     is_tall = matrices.shape[-2] > matrices.shape[-1]
     wide = matrices.mT if is_tall else matrices

@@ -75,6 +75,8 @@ def test_each_size_has_its_own_longest_run():
         for point in points_of(law)
     ]
     assert len(scaling.errors_beyond(points)) == len(SIZES)
+    alone = Point(50_000, 1_000_000, law(50_000, 1e6), 1000)  # the only run of its size is no prediction
+    assert len(scaling.errors_beyond([alone, *points])) == len(SIZES)
 
 
 def test_the_tables_say_what_was_measured_and_what_the_law_says():

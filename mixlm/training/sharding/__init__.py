@@ -37,4 +37,6 @@ def build_engine(
         return FairscaleZero1(model, settings, precision)
     if zero == 2 and not modules:
         return FairscaleZero2(model, settings, precision)
+    if settings.muon:
+        raise ValueError("fairscale's full sharding has no whole matrices, which Muon needs")
     return FairscaleFullySharded(model, settings, precision, units=modules, reshard_after_forward=zero == 3)
