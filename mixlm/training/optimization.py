@@ -123,7 +123,9 @@ class Muon(torch.optim.AdamW):
 
     def _orthogonalized(self, momentum: Tensor, shape: tuple[int, int, int]) -> Tensor:
         """In its own shape, what is orthogonalized as matrices of `shape`."""
-        return orthogonalized(momentum.reshape(shape)).reshape(momentum.shape)
+        # X Xᵀ squares what rounding has done: in bfloat16 the iteration would not converge.
+        exact = momentum.to(torch.promote_types(momentum.dtype, torch.float32))
+        return orthogonalized(exact.reshape(shape)).reshape(momentum.shape).to(momentum.dtype)
 
 
 def orthogonalized(matrices: Tensor) -> Tensor:

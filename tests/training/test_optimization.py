@@ -10,6 +10,7 @@ from mixlm.training.optimization import (
     MUON_MOMENTUM,
     NEWTON_SCHULZ,
     NEWTON_SCHULZ_ROUNDS,
+    Muon,
     OptimizerSettings,
     learning_rate_factor,
     matrices_of,
@@ -121,6 +122,16 @@ def test_orthogonalized_is_the_iteration_as_it_was_published(shape):
     low_rank = (matrices[..., :1] * matrices[..., :1, :]).float()
     assert torch.linalg.svdvals(orthogonalized(low_rank))[..., 1:].max() < 0.1
     assert orthogonalized(torch.zeros(4, 6)).abs().max() == 0
+
+
+def test_muon_of_a_bfloat16_matrix_is_orthogonal_too():
+    generator = torch.Generator().manual_seed(0)
+    layer = nn.Linear(64, 64, bias=False, dtype=torch.bfloat16)
+    low_rank = torch.randn(64, 2, generator=generator) @ torch.randn(2, 64, generator=generator)
+    noisy = low_rank + 1e-3 * torch.randn(64, 64, generator=generator)
+    optimizer = Muon([{"params": [layer.weight], "matrices": (1, 64, 64)}], lr=1.0)
+    values = torch.linalg.svdvals(optimizer._orthogonalized(noisy.bfloat16(), (1, 64, 64)).float())
+    assert values.max() < 1.3
 
 
 def test_muon_makes_the_steps_of_torch(make_model):
