@@ -87,6 +87,7 @@ NEW_MODELS: dict[str, Callable[[nn.Module, Tensor], None]] = {
 }
 TRAININGS: dict[str, Callable[[], AbstractContextManager]] = {
     "cosine": partial(patch.object, loop, "learning_rate_factor", cosine),
+    # As `"arguments": {"muon": true}`, which was not there yet when the lines that ask for it in this way were made.
     "muon": partial(patch.object, OptimizerSettings, "muon", True),
     "beta2 0.98": partial(with_options, betas=(0.9, 0.98)),
     "masked tokens alone": partial(patch.dict, OBJECTIVES, {"SOP": MaskedTokensObjective}),

@@ -138,7 +138,7 @@ def rows_of_laws(lines: Sequence[Line]) -> list[dict[str, Any]]:
 def errors_beyond(points: Sequence[Point]) -> list[float]:
     """By what share the longest runs of each size lose more than the shorter ones predict.
 
-    None of a size that has no shorter run, and none at all where the shorter ones make no law.
+    A size without a shorter run is left out, and where the shorter runs make no law, all are.
     """
     steps: dict[int, set[int]] = {}
     for point in points:

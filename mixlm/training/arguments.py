@@ -209,7 +209,7 @@ class TrainingArguments:
         self.require(
             not (self.muon and shares_out and self.sharding_backend == "fairscale"),
             "muon",
-            "left out where fairscale shares out parameters (zero 3, and 2 with auto_wrap); torch can do both",
+            "left out where fairscale shares out parameters (zero 3, 2 with auto_wrap); --sharding_backend torch can",
         )
         if self.model_name is not None:
             named_well = self.model_name not in ("", ".", "..") and not set(self.model_name) & set("/\\")

@@ -30,7 +30,7 @@ from .checkpoint import (
 )
 from .memory import MemoryMeter
 from .objectives import Batch, Objective, Term
-from .optimization import OptimizerSettings, learning_rate_factor
+from .optimization import OptimizerSettings, learning_rate_factor, matrices_of
 from .precision import LossScale
 from .publishing import CheckpointPusher
 from .record import record_run
@@ -206,7 +206,7 @@ class _Run:
         if arguments.auto_wrap and arguments.zero < 2:
             self.accelerator.print(f"--auto_wrap: without effect with --zero {arguments.zero}")
         elif arguments.auto_wrap:
-            self.accelerator.print(describe(units, ranks))
+            self.accelerator.print(describe(units, ranks, matrices_of(model) if arguments.muon else ()))
         settings = OptimizerSettings(
             arguments.learning_rate, arguments.weight_decay, arguments.adam_epsilon, arguments.muon
         )

@@ -91,7 +91,8 @@ class Muon(torch.optim.AdamW):
 
     An update is the orthogonalized momentum (Nesterov's), scaled to the size of AdamW's updates, so that learning rate
     and weight decay mean the same (Liu et al. 2025, arXiv:2502.16982, section 2.2). A matrix needs one moment instead
-    of two; it has AdamW's name for it, which it is: a moving average of the gradient.
+    of two; it has AdamW's name for it, which it is: a moving average of the gradient. An update is as large however
+    small the momentum: an expert that gets no tokens any more goes on moving, where AdamW would leave it.
     """
 
     @torch.no_grad()
@@ -132,7 +133,7 @@ def orthogonalized(matrices: Tensor) -> Tensor:
     """Each of [..., rows, columns] with all singular values near 1.
 
     X becomes p(X Xᵀ) X in every round, so that X Xᵀ can go through the rounds alone: it has the length of the shorter
-    side only. That halves the work where one side is four times as long as the other; a square costs a quarter more.
+    side only. That nearly halves the work where one side is four times as long; a square costs a quarter more.
     """
     is_tall = matrices.shape[-2] > matrices.shape[-1]
     wide = matrices.mT if is_tall else matrices

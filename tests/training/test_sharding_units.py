@@ -1,11 +1,12 @@
 """Which modules are gathered as one."""
 
 import pytest
+import torch
 import transformers
 from torch import nn
 
 from mixlm.training.sharding import describe, sharding_units
-from mixlm.training.sharding.units import ROOT
+from mixlm.training.sharding.units import ROOT, Unit
 
 
 def parameter_names(model, unit):
@@ -96,3 +97,13 @@ def test_the_table_adds_up(make_model):
     counts = [int(line.split()[-2].replace(",", "")) for line in table[1:]]
     assert len(table) == len(units) + 1
     assert sum(counts) == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_the_table_knows_what_has_one_moment():
+    """A unit of 2^19 numbers in four bytes is 2 MiB: weight, gradient and two moments, or one."""
+    units = [Unit("large", nn.Module(), [nn.Parameter(torch.zeros(2**10, 2**9))])]
+
+    def shown(*with_one_moment: nn.Parameter) -> float:
+        return float(describe(units, 2, with_one_moment).split()[-1])
+
+    assert (shown(), shown(*units[0].parameters)) == (4.0, 3.0)

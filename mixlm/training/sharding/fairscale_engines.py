@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..optimization import OptimizerSettings
-from .engine import Engine, number_of_ranks, this_rank
+from .engine import number_of_ranks, this_rank
+from .fully_sharded import FullyShardedEngine
 from .owners import OwnerEngine
 
 # What it calls has newer names in torch; a user can do nothing about it.
@@ -58,28 +59,8 @@ class FairscaleZero2(OwnerEngine):
         return [parameter.grad for parameter in owned if parameter.grad is not None]
 
 
-class FairscaleFullySharded(Engine):
-    """ZeRO-2 and 3: every parameter, its gradient and its moments are cut into as many pieces as there are ranks.
-
-    Args:
-        units: modules whose parameters are gathered and freed together; the rest of the model is one more unit.
-        reshard_after_forward: free the gathered parameters after the forward pass, and gather them again for the
-            backward pass (ZeRO-3), rather than keep them (ZeRO-2).
-    """
-
-    shares_out_gradients = True
-
-    def __init__(
-        self,
-        model: nn.Module,
-        settings: OptimizerSettings,
-        precision: str,
-        *,
-        units: list[nn.Module],
-        reshard_after_forward: bool,
-    ):
-        self.units, self.reshard_after_forward = units, reshard_after_forward
-        super().__init__(model, settings, precision)
+class FairscaleFullySharded(FullyShardedEngine):
+    """ZeRO-2 and 3: those of a unit lie in one flat parameter, which is cut into as many pieces as there are ranks."""
 
     def _prepare(self, model: nn.Module, settings: OptimizerSettings) -> tuple[nn.Module, torch.optim.Optimizer]:
         names = {parameter: name for name, parameter in self.parameters.items()}

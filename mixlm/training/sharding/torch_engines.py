@@ -13,7 +13,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ..optimization import Muon, OptimizerSettings
-from .engine import Engine, number_of_ranks
+from .engine import number_of_ranks
+from .fully_sharded import FullyShardedEngine
 from .owners import OwnerEngine
 
 # Nothing is done in place to what a unit returns: a model in units keeps to its plain kernels.
@@ -37,28 +38,8 @@ class ShardedMuon(Muon):
         return distribute_tensor(whole, momentum.device_mesh, momentum.placements, src_data_rank=None)
 
 
-class TorchFullySharded(Engine):
-    """ZeRO-2 and 3: every parameter, its gradient and its moments are cut along the first dimension.
-
-    Args:
-        units: modules whose parameters are gathered and freed together; the rest of the model is one more unit.
-        reshard_after_forward: free the gathered parameters after the forward pass, and gather them again for the
-            backward pass (ZeRO-3), rather than keep them (ZeRO-2).
-    """
-
-    shares_out_gradients = True
-
-    def __init__(
-        self,
-        model: nn.Module,
-        settings: OptimizerSettings,
-        precision: str,
-        *,
-        units: list[nn.Module],
-        reshard_after_forward: bool,
-    ):
-        self.units, self.reshard_after_forward = units, reshard_after_forward
-        super().__init__(model, settings, precision)
+class TorchFullySharded(FullyShardedEngine):
+    """ZeRO-2 and 3: every parameter, its gradient and its moments are cut along the first dimension."""
 
     def _prepare(self, model: nn.Module, settings: OptimizerSettings) -> tuple[nn.Module, torch.optim.Optimizer]:
         mesh = init_device_mesh(self.device.type, (number_of_ranks(),))

@@ -1,5 +1,6 @@
 """Which modules are gathered and freed as one under full sharding (`--auto_wrap`)."""
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 from torch import nn
@@ -56,11 +57,20 @@ def sharding_units(model: nn.Module) -> list[Unit]:
     return [*units, root]
 
 
-def describe(units: list[Unit], ranks: int) -> str:
-    """A table of the units: parameters, and the bytes of weight, gradient and moments that one rank keeps of them."""
+def describe(units: list[Unit], ranks: int, with_one_moment: Collection[nn.Parameter] = ()) -> str:
+    """A table of the units: parameters, and the bytes of weight, gradient and moments that one rank keeps of them.
+
+    Args:
+        units: of the model, whole.
+        ranks: among which they are shared out.
+        with_one_moment: parameters of which the optimizer keeps one moment and not two.
+    """
     width = max(len(unit.name) for unit in units)
     lines = [f"{'unit':{width}}  {'parameters':>14}  {'MiB a rank':>10}"]
     for unit in units:
-        size = sum(parameter.numel() * parameter.element_size() for parameter in unit.parameters)
-        lines.append(f"{unit.name:{width}}  {unit.numel:>14,}  {4 * size / ranks / 2**20:>10,.1f}")
+        kept = 0
+        for parameter in unit.parameters:
+            moments = 1 if parameter in with_one_moment else 2
+            kept += (2 + moments) * parameter.numel() * parameter.element_size()
+        lines.append(f"{unit.name:{width}}  {unit.numel:>14,}  {kept / ranks / 2**20:>10,.1f}")
     return "\n".join(lines)
