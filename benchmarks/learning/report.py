@@ -4,7 +4,8 @@
     python benchmarks/learning/report.py
 
 What stands in the page between `<!-- table: NAME -->` and `<!-- end -->` becomes the table of tables/NAME.jsonl,
-docs/learning.png the curves of tables/finalists.jsonl, and docs/scaling.png what is fitted to tables/scaling.jsonl.
+docs/learning.png the curves of tables/finalists.jsonl, docs/growth.png those of tables/growth.jsonl, and
+docs/scaling.png what is fitted to tables/scaling.jsonl.
 """
 
 import re
@@ -21,13 +22,13 @@ from study import FOLDER, RESULTS, TABLES, read_results
 
 matplotlib.use("Agg")  # no screen
 from matplotlib import pyplot
+from matplotlib.axes import Axes
 
 DOCUMENTS = FOLDER.parents[1] / "docs"
 PAGE = DOCUMENTS / "experiments.md"
-FIGURE = DOCUMENTS / "learning.png"
-SCALING_FIGURE = DOCUMENTS / "scaling.png"
-FIGURE_TABLE, SCALING_TABLE, FINALIST_MINUTES = "finalists", "scaling", 60
+SCALING_TABLE, FINALIST_MINUTES = "scaling", 60
 PLACES = 200  # of a drawn curve
+ORDINATE = "held-out loss (nats per masked token)"
 READING_COLUMNS = {"EM": "exact_match", "F1": "f1"}
 RETRIEVAL_COLUMNS = {
     "accuracy@1": "accuracy@1",
@@ -159,43 +160,86 @@ def tokens_of(result: dict[str, Any]) -> list[float]:
     return [point["tokens"] / 1e6 for point in result["curve"]]
 
 
-def draw_curves(lines: Sequence[Line], file: Path) -> None:
-    """Held-out loss against CPU time and against tokens: the mean of the seeds, between the least and the greatest.
+def draw_line(axis: Axes, line: Line, abscissa: Callable[[dict[str, Any]], list[float]]) -> str:
+    """A line's held-out loss, the mean of the seeds between the least and the greatest; returns its colour.
 
-    Seeds have their points at places of their own: they are compared where all of them have been, between points.
+    Seeds have their points at places of their own: they are compared where all of them have been, between points. The
+    end is a dot: it is judged on more blocks than the points on the way, and lies apart from them.
     """
+    results = list(line.results.values())
+    own_places = [abscissa(result)[:-1] for result in results]
+    places = np.linspace(max(own[0] for own in own_places), min(own[-1] for own in own_places), PLACES)
+    losses = np.array(
+        [
+            np.interp(places, own, [point["mlm_loss"] for point in result["curve"][:-1]])
+            for own, result in zip(own_places, results, strict=True)
+        ]
+    )
+    (drawn,) = axis.plot(places, losses.mean(axis=0), label=line.name, linewidth=1.6)
+    colour = drawn.get_color()
+    axis.fill_between(places, losses.min(axis=0), losses.max(axis=0), color=colour, alpha=0.2)
+    ends = [loss_of(result) for result in results]
+    end, mean = statistics.mean(abscissa(result)[-1] for result in results), statistics.mean(ends)
+    axis.errorbar(end, mean, yerr=[[mean - min(ends)], [max(ends) - mean]], fmt="o", markersize=4, color=colour)
+    return colour
+
+
+def draw_unigram(axis: Axes, lines: Sequence[Line]) -> None:
+    """The loss of a model that knows token frequencies alone."""
+    first = next(iter(lines[0].results.values()))
+    level = first["metrics"]["unigram_loss"]
+    axis.axhline(level, color="grey", linestyle=":", linewidth=1, label="token frequencies alone")
+
+
+def draw_finalists(lines: Sequence[Line], file: Path) -> None:
+    """Held-out loss against CPU time and against tokens."""
     figure, axes = pyplot.subplots(1, 2, figsize=(13, 5), sharey=True)
     for axis, label, abscissa in zip(axes, ("CPU minutes", "million tokens"), (minutes_of, tokens_of), strict=True):
-        for line in filter(lambda line: line.results, lines):
-            results = list(line.results.values())
-            own_places = [abscissa(result) for result in results]
-            places = np.linspace(max(own[0] for own in own_places), min(own[-1] for own in own_places), PLACES)
-            losses = np.array(
-                [
-                    np.interp(places, own, [point["mlm_loss"] for point in result["curve"]])
-                    for own, result in zip(own_places, results, strict=True)
-                ]
-            )
-            (drawn,) = axis.plot(places, losses.mean(axis=0), label=line.name, linewidth=1.6)
-            axis.fill_between(places, losses.min(axis=0), losses.max(axis=0), color=drawn.get_color(), alpha=0.2)
-        unigram = next(line.results for line in lines if line.results)
-        level = next(iter(unigram.values()))["metrics"]["unigram_loss"]
-        axis.axhline(level, color="grey", linestyle=":", linewidth=1, label="unigram")
+        for line in lines:
+            draw_line(axis, line, abscissa)
+        draw_unigram(axis, lines)
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("held-out loss (nats per masked token)")
+    axes[0].set_ylabel(ORDINATE)
     axes[0].legend()
     figure.tight_layout()
     figure.savefig(file, dpi=110)
     pyplot.close(figure)
 
 
+def draw_growth(lines: Sequence[Line], file: Path) -> None:
+    """Held-out loss against tokens, which are drawn by their logarithm; a bar where a run was taken up again."""
+    figure, axis = pyplot.subplots(figsize=(9, 5))
+    for line in lines:
+        colour = draw_line(axis, line, tokens_of)
+        for result in line.results.values():
+            steps, losses = ([point[name] for point in result["curve"]] for name in ("step", "mlm_loss"))
+            seams = result.get("taken_up_at", [])
+            places = np.interp(seams, steps, tokens_of(result))
+            axis.plot(places, np.interp(seams, steps, losses), "|", color=colour, markersize=16, markeredgewidth=1.5)
+    draw_unigram(axis, lines)
+    axis.set(xscale="log", xlabel="million tokens", ylabel=ORDINATE)
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.grid(alpha=0.3, which="both")
+    axis.legend()
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+    pyplot.close(figure)
+
+
+# What is drawn of which table, and where.
+FIGURES = {
+    "finalists": (draw_finalists, DOCUMENTS / "learning.png"),
+    SCALING_TABLE: (draw_scaling, DOCUMENTS / "scaling.png"),
+    "growth": (draw_growth, DOCUMENTS / "growth.png"),
+}
+
+
 def main() -> None:
     results = read_results(RESULTS)
     PAGE.write_text(rewrite(PAGE.read_text("utf-8"), results), "utf-8")
-    for table, draw, figure in ((FIGURE_TABLE, draw_curves, FIGURE), (SCALING_TABLE, draw_scaling, SCALING_FIGURE)):
-        lines = lines_of(TABLES / f"{table}.jsonl", results)
-        if any(line.results for line in lines):
+    for table, (draw, figure) in FIGURES.items():
+        if lines := [line for line in lines_of(TABLES / f"{table}.jsonl", results) if line.results]:
             draw(lines, figure)
 
 

@@ -183,6 +183,15 @@ def step_with_point(checkpoints: Path, curve: list[dict[str, float]]) -> int:
     return step_of(kept[0]) if kept else 0
 
 
+def take_up(file: Path, done: int) -> list[int]:
+    """The steps after which a run was gone on with, this time among them; `file` keeps them."""
+    steps = json.loads(file.read_text()) if file.is_file() else []
+    if done:
+        steps.append(done)
+        write_whole(file, json.dumps(steps))
+    return steps
+
+
 def train_one(specification: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Train to the end of the budget; returns what is to be written down.
 
@@ -221,6 +230,7 @@ def train_one(specification: dict[str, Any], folder: Path) -> dict[str, Any]:
     curve = [json.loads(line) for line in curve_file.read_text().splitlines()] if curve_file.is_file() else []
     done = step_with_point(arguments.run_folder / CHECKPOINTS, curve)
     curve = [point for point in curve if point["step"] <= done]
+    taken_up_at = take_up(folder / "taken_up_at.json", done)
     meter = Meter(curve[-1]["cpu_seconds"], curve[-1]["tokens"]) if curve else Meter()
 
     def evaluate(engine: Engine, accelerator: Accelerator) -> dict[str, float]:
@@ -250,6 +260,7 @@ def train_one(specification: dict[str, Any], folder: Path) -> dict[str, Any]:
         "steps": steps,
         "curve": curve,
         "metrics": metrics,
+        **({"taken_up_at": taken_up_at} if taken_up_at else {}),
     }
 
 

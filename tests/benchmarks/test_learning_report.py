@@ -104,29 +104,44 @@ def test_the_page_shows_the_kept_results():
     assert sorted(named) == sorted(file.stem for file in study.TABLES.glob("*.jsonl"))
 
 
-def test_curves_are_drawn(tmp_path):
-    run = {**study.OPTIONAL, "steps": 4, "metrics": {"unigram_loss": 7.0}}
-    curve = [{"step": step, "tokens": 1000 * step, "mlm_loss": 7 - step / 4} for step in (1, 2, 3, 4)]
-    lines = [report.Line("a", {seed: {**run, "curve": curve} for seed in (1, 2)}, 2), report.Line("b", {}, 2)]
-    assert report.minutes_of(lines[0].results[1]) == [15, 30, 45, 60]
-    report.draw_curves(lines, tmp_path / "curves.png")
-    assert (tmp_path / "curves.png").stat().st_size > 10_000
+def curve_of(steps: int, first: int, distance: int) -> dict:
+    """A result whose loss falls from 7 to 5 on a straight line, but for the end, which is judged otherwise."""
+    curve = [
+        {"step": step, "tokens": 50_000 * step, "mlm_loss": 7 - 2 * step / steps}
+        for step in range(first, steps + 1, distance)
+    ]
+    return {"steps": steps, "curve": curve, "metrics": {"unigram_loss": 7.0, "mlm_loss": 4.8}}
 
 
-def test_seeds_are_averaged_at_like_places(tmp_path, monkeypatch):
+@pytest.mark.parametrize("draw", [report.draw_finalists, report.draw_growth])
+def test_seeds_are_averaged_at_like_places(tmp_path, monkeypatch, draw):
     """Curves of 4 and of 8 points, of runs whose budget became other numbers of steps, on one straight line."""
+    drawn, ends = [], []
+    plot, errorbar = Axes.plot, Axes.errorbar
+    monkeypatch.setattr(Axes, "plot", lambda axis, *xy, **more: drawn.append(xy) or plot(axis, *xy, **more))
+    monkeypatch.setattr(
+        Axes, "errorbar", lambda axis, *xy, **more: ends.append((*xy, more["yerr"])) or errorbar(axis, *xy, **more)
+    )
+    results = {1: curve_of(40, 10, 10), 2: curve_of(80, 20, 5)}
+    results[2]["metrics"]["mlm_loss"] = 5.0
+    draw([report.Line("a", results, 2)], tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+    lines = [xy for xy in drawn if len(xy) == 2]
+    if draw is report.draw_finalists:
+        minutes, by_minutes = lines.pop(0)
+        assert (minutes[0], minutes[-1]) == (15, 45) and by_minutes == pytest.approx(7 - minutes / 30)
+        assert ends.pop(0) == (60, 4.9, [[pytest.approx(0.1)], [pytest.approx(0.1)]])
+    ((tokens, by_tokens),) = lines
+    assert (tokens[0], tokens[-1]) == (1.0, 1.5)
+    assert by_tokens == pytest.approx(7 - (tokens + tokens / 2) / 2)
+    assert ends == [(3.0, 4.9, [[pytest.approx(0.1)], [pytest.approx(0.1)]])]
+
+
+def test_a_seam_is_marked_where_a_run_was_taken_up(tmp_path, monkeypatch):
     drawn = []
     plot = Axes.plot
     monkeypatch.setattr(Axes, "plot", lambda axis, *xy, **more: drawn.append(xy) or plot(axis, *xy, **more))
-    results = {}
-    for seed, steps, first, distance in [(1, 40, 10, 10), (2, 80, 20, 5)]:
-        curve = [
-            {"step": step, "tokens": 50_000 * step, "mlm_loss": 7 - 2 * step / steps}
-            for step in range(first, steps + 1, distance)
-        ]
-        results[seed] = {"steps": steps, "curve": curve, "metrics": {"unigram_loss": 7.0}}
-    report.draw_curves([report.Line("a", results, 2)], tmp_path / "curves.png")
-    (minutes, by_minutes), (tokens, by_tokens) = drawn
-    assert (minutes[0], minutes[-1]) == (15, 60) and (tokens[0], tokens[-1]) == (1.0, 2.0)
-    assert by_minutes == pytest.approx(7 - minutes / 30)
-    assert by_tokens == pytest.approx(7 - (tokens + tokens / 2) / 2)
+    taken_up = {**curve_of(40, 10, 10), "taken_up_at": [20, 30]}
+    report.draw_growth([report.Line("a", {1: taken_up}, 1)], tmp_path / "curves.png")
+    ((tokens, losses, _),) = [xy for xy in drawn if len(xy) == 3]
+    assert tokens == pytest.approx([1.0, 1.5]) and losses == pytest.approx([6.0, 5.5])

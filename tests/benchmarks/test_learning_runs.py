@@ -200,7 +200,10 @@ def test_a_killed_run_has_the_curve_of_one_that_was_not(tmp_path, monkeypatch, k
                 patches.setattr(StopRequest, "reason", reason)
         with pytest.raises((Killed, RunStopped)):
             make("killed")
-    assert points(make("killed")) == points(whole)
+    result = make("killed")
+    assert points(result) == points(whole) and "taken_up_at" not in whole
+    (taken_up_at,) = result["taken_up_at"]
+    assert taken_up_at in {each["step"] for each in whole["curve"]}
 
 
 def test_the_meter_counts_steps_and_not_what_lies_between(monkeypatch):
