@@ -28,6 +28,8 @@ class TrainingArguments:
     best_metric: ClassVar[str | None] = None
     # What that metric is of: when one of these has changed, earlier values of it cannot be compared with later ones.
     judged_by: ClassVar[tuple[str, ...]] = ()
+    # What the order of the data is of, beside the rows of a step: likewise, a place in it then says nothing.
+    ordered_by: ClassVar[tuple[str, ...]] = ("seed", "tokens_per_step", "max_steps_per_epoch")
 
     # The run and its folder
     model_name: str = field(metadata={"help": "Name of the run; its folder is output_dir/model_name."})
@@ -308,6 +310,8 @@ def with_default(of: type, name: str, default: Any) -> Any:
 @dataclass
 class PretrainingArguments(TrainingArguments):
     """What `run_pretraining.py` takes beside that."""
+
+    ordered_by: ClassVar[tuple[str, ...]] = (*TrainingArguments.ordered_by, "task", "max_seq_length", "eval_split")
 
     # With masking and warmup_ratio, the recipe that learned most in the study so far: docs/experiments.md
     learning_rate: float | None = field(

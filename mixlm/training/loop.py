@@ -1,7 +1,7 @@
 """The training loop of every script: one optimizer step after another, on one process or many."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,24 @@ def changed_arguments(earlier: dict[str, Any], now: dict[str, Any]) -> dict[str,
         for name, value in now.items()
         if name not in of_no_consequence and not name.startswith("hub_") and earlier.get(name) != value
     }
+
+
+def order_has_changed(earlier: dict[str, Any], now: dict[str, Any], ordered_by: Collection[str]) -> bool:
+    """Whether rows come in another order than where a checkpoint was written, or other rows meet in a step.
+
+    Args:
+        earlier, now: resolved arguments, and the number of processes.
+        ordered_by: arguments that the order is of; beside them it is of the rows of a step, unless tokens cut it.
+    """
+
+    def rows_of_a_step(arguments: dict[str, Any]) -> int:
+        of = ("train_batch_size", "gradient_accumulation_steps", "processes")
+        return math.prod(arguments[name] for name in of)
+
+    by_rows = now["tokens_per_step"] is None
+    return any(earlier.get(name) != now[name] for name in ordered_by) or (
+        by_rows and rows_of_a_step(earlier) != rows_of_a_step(now)
+    )
 
 
 def train(
@@ -158,6 +176,8 @@ class _Run:
         self.changed = changed_arguments(earlier_arguments, self.resolved) if checkpoint is not None else {}
         if checkpoint is not None:
             self._announce(checkpoint)
+            if order_has_changed(earlier_arguments, self.resolved, arguments.ordered_by):
+                self._begin_next_epoch()
             self.engine.load_moments(read_moments)
             if self.loss_scale is not None and self.state.scaler is not None:
                 self.loss_scale.load_state_dict(self.state.scaler)
@@ -190,6 +210,13 @@ class _Run:
         self.progress = Progress(self.accelerator, arguments.num_steps, self.state.step)
         if self.state.evaluation_due and self.state.step < arguments.num_steps:
             self.keep_if_best(self.evaluate())
+
+    def _begin_next_epoch(self) -> None:
+        """Where rows have another order, the rest of the epoch is not to be found: all of them come anew."""
+        epoch = self.state.position.epoch
+        if self.state.position != Position(epoch):
+            self.state.position = Position(epoch + 1)
+            self.accelerator.print("  so its data comes in another order, and begins anew")
 
     def _announce(self, checkpoint: Path) -> None:
         self.accelerator.print(f"going on from {checkpoint} (step {self.state.step:,})")

@@ -48,6 +48,9 @@ class ReadingArguments(FineTuningArguments):
         *("validation_file", "validation_articles", "validation_split"),
         *DECODING_ARGUMENTS,
     )
+    ordered_by: ClassVar[tuple[str, ...]] = (
+        *(*FineTuningArguments.ordered_by, "train_articles", "max_seq_length", "doc_stride", "max_query_length"),
+    )
 
     predict_file: list[str] | None = field(default=None, metadata={"help": "Questions to answer, as train_file."})
     version_2_with_negative: bool = field(

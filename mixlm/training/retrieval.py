@@ -43,6 +43,9 @@ class RetrievalArguments(FineTuningArguments):
         *("validation_articles", "validation_split", "corpus_path", "eval_split", "max_eval_examples"),
         *("max_query_length", "max_passage_length", "null_passage"),
     )
+    ordered_by: ClassVar[tuple[str, ...]] = (
+        *(*FineTuningArguments.ordered_by, "train_articles", "eval_split", "max_query_length", "max_passage_length"),
+    )
 
     # Text without questions
     corpus_path: str | None = field(

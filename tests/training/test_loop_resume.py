@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from small_runs import assert_same_checkpoint, checkpoint_names, curves_without_speed
 
 from mixlm.errors import UserError
+from mixlm.training.checkpoint import read_state
 from mixlm.training.run import choose_checkpoint, prepare_run
 
 
@@ -162,3 +163,33 @@ def test_what_changed_since_the_checkpoint_is_said(make_arguments, run_training,
         "changed since then: num_steps 2 -> 3",
         "changed since then: scheduler_num_steps 2 -> 3",
     ]
+
+
+@pytest.mark.parametrize(
+    ("changed", "place"),
+    [
+        ({"num_workers": 1, "learning_rate": 1e-3}, {"epoch": 1, "step_in_epoch": 3}),
+        ({"train_batch_size": 8, "gradient_accumulation_steps": 8}, {"epoch": 1, "step_in_epoch": 3}),
+        ({"train_batch_size": 8}, {"epoch": 2, "step_in_epoch": 1}),
+        ({"seed": 1}, {"epoch": 2, "step_in_epoch": 1}),
+    ],
+    ids=lambda values: ", ".join(values),
+)
+def test_where_rows_come_in_another_order_they_come_anew(
+    make_arguments, run_training, checkpoint_folder, capsys, changed, place
+):
+    """Epochs of 4 steps; the break is in the middle of the second. Other rows would be passed over or seen twice."""
+    run_training(make_arguments(num_steps=6))
+    again = make_arguments(num_steps=7, resume="auto", **changed)
+    capsys.readouterr()
+    run_training(again)
+    position = read_state(checkpoint_folder(again, 7))["position"]
+    assert {name: position[name] for name in place} == place
+    assert ("  so its data comes in another order" in capsys.readouterr().out) == (place["epoch"] == 2)
+
+
+def test_between_two_epochs_another_order_passes_nothing_over(make_arguments, run_training, checkpoint_folder):
+    run_training(make_arguments(num_steps=4))
+    longer = make_arguments(num_steps=5, resume="auto", train_batch_size=8)
+    run_training(longer)
+    assert read_state(checkpoint_folder(longer, 5))["position"]["epoch"] == 1
