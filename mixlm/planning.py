@@ -1,11 +1,10 @@
 """What a training will need, before it is started: what `mixlm plan` shows.
 
-Parameters, gradients and AdamW's moments are shares of known sizes (`training.sharding` says how each engine spreads
-them). All else that a step keeps alive is found by running one on torch's FakeTensors, which have shapes and no
-content: it takes no memory, whatever the size of the model. It grows with the rows of the batch along straight lines,
-for which a few such steps are enough. The peak is the largest sum of both at any moment of a step.
-docs/planning.md says how near that comes, and
-`probing` measures it.
+Parameters, gradients and the optimizer's moments are shares of known sizes (`training.sharding` says how each engine
+spreads them). All else that a step keeps alive is found by running one on torch's FakeTensors, which have shapes and
+no content: it takes no memory, whatever the size of the model. It grows with the rows of the batch along straight
+lines, for which a few such steps are enough. The peak is the largest sum of both at any moment of a step.
+docs/planning.md says how near that comes, and `probing` measures it.
 """
 
 import weakref
@@ -29,12 +28,11 @@ from .kernels import TOKENS_PER_BLOCK
 from .profiling import random_batch
 from .training.arguments import PretrainingArguments
 from .training.batch_size import MOST_ROWS
-from .training.optimization import OptimizerSettings
+from .training.optimization import OptimizerSettings, orthogonalized
 from .training.precision import autocast
 from .training.sharding import sharding_units
 
 BYTES = 4  # of a number in a parameter, gradient or moment: float32, whatever the precision of the products
-MOMENTS = 2  # of AdamW, for each parameter
 
 
 class Setting(NamedTuple):
@@ -47,6 +45,7 @@ class Setting(NamedTuple):
         accumulates: whether an optimizer step has several forward passes.
         device: "cpu" or "cuda".
         masked_share: of the tokens that are to be predicted.
+        muon: whether the layers' matrices are updated by Muon.
     """
 
     zero: int = 0
@@ -57,6 +56,7 @@ class Setting(NamedTuple):
     accumulates: bool = False
     device: str = "cpu"
     masked_share: float = PretrainingArguments.mlm_probability
+    muon: bool = False
 
     @property
     def is_fully_sharded(self) -> bool:
@@ -76,7 +76,8 @@ class Use(NamedTuple):
     Args:
         moment: "start" (before the first step), "forward", "backward", "reduce" or "update".
         parameters, gradients, optimizer: what the rank keeps of each.
-        activations: what the forward pass keeps for the backward pass, and results that live for a short time.
+        activations: what the forward pass keeps for the backward pass, and results that live for a short time, also
+            of Muon's update.
         exchange: whole parameters and gradients that are there only for a while, and buffers to send and receive.
     """
 
@@ -102,12 +103,14 @@ class Parameter(NamedTuple):
     Args:
         shape: its own.
         unit: the number of its sharding unit; the root has the last.
-        group: the number of its group in AdamW.
+        group: the number of its group in the optimizer.
+        moments: how many numbers the optimizer keeps for each of it: 2 of AdamW, 1 of Muon.
     """
 
     shape: torch.Size
     unit: int
     group: int
+    moments: int
 
     @property
     def size(self) -> int:
@@ -120,16 +123,18 @@ class Step(NamedTuple):
 
     Args:
         rows: of its batch.
-        parameters: of the model, in AdamW's order.
+        parameters: of the model, in the optimizer's order.
         forward: bytes, the most at any time of the forward pass.
         backward: in the order in which gradients are completed, for each the number of its parameter, and the most
             bytes since the one before.
+        update: bytes, the most that Muon needs for a matrix; AdamW needs none.
     """
 
     rows: int
     parameters: list[Parameter]
     forward: int
     backward: list[tuple[int, int]]
+    update: int = 0
 
 
 def simulate_step(config: PreTrainedConfig, rows: int, length: int, setting: Setting) -> Step:
@@ -156,8 +161,10 @@ def simulate_step(config: PreTrainedConfig, rows: int, length: int, setting: Set
             stack.enter_context(mock.patch(f"mixlm.{module}.is_bare", return_value=True))
         model = AutoModelForPreTraining.from_config(config, dtype=torch.float32).train()
         unit_of = {each: number for number, unit in enumerate(sharding_units(model)) for each in unit.parameters}
-        groups = OptimizerSettings(learning_rate=0.0, weight_decay=0.0, epsilon=0.0).groups(model)
+        optimizer = OptimizerSettings(learning_rate=0.0, weight_decay=0.0, epsilon=0.0, muon=setting.muon)
+        groups = optimizer.groups(model)
         group_of = {each: number for number, group in enumerate(groups) for each in group["params"]}
+        matrices = {each: group["matrices"] for group in groups if "matrices" in group for each in group["params"]}
         backward: list[tuple[int, int]] = []
         with _LiveMemory() as memory:
 
@@ -173,8 +180,20 @@ def simulate_step(config: PreTrainedConfig, rows: int, length: int, setting: Set
                 loss = model(**random_batch(config, rows, length, setting.masked_share)).loss
             forward = memory.restart()
             loss.backward()
-    parameters = [Parameter(each.shape, unit_of[each], group) for each, group in group_of.items()]
-    return Step(rows, parameters, forward, backward)
+            del loss
+        update = max((_update_memory(shape) for shape in set(matrices.values())), default=0)
+    parameters = [
+        Parameter(each.shape, unit_of[each], group, 1 if each in matrices else 2) for each, group in group_of.items()
+    ]
+    return Step(rows, parameters, forward, backward, update)
+
+
+def _update_memory(shape: tuple[int, int, int]) -> int:
+    """The most bytes that Muon has beside the moment while it updates a parameter that is so many matrices."""
+    with _LiveMemory() as memory, torch.no_grad():
+        momentum = torch.empty(shape)
+        orthogonalized(momentum)
+        return memory.restart()
 
 
 class _WithoutContent(TorchFunctionMode):
@@ -260,7 +279,7 @@ def _storages(values: Any) -> Iterator[torch.UntypedStorage]:
 
 
 def peak_use(step: Step, setting: Setting) -> Use:
-    """What the rank that has most needs, at the moment when it is most; the moments of AdamW are there."""
+    """What the rank that has most needs, at the moment when it is most; the optimizer's moments are there."""
     uses = _fully_sharded_uses(step, setting) if setting.is_fully_sharded else _whole_uses(step, setting)
     return max(uses, key=lambda use: use.total)
 
@@ -270,7 +289,7 @@ def _whole_uses(step: Step, setting: Setting) -> Iterator[Use]:
     ShardedDataParallel, which hands a gradient that is complete to its owner."""
     everything = _size(step.parameters, range(len(step.parameters)))
     own = max(owned(step.parameters, setting), key=lambda numbers: _size(step.parameters, numbers))
-    optimizer = MOMENTS * _size(step.parameters, own)
+    optimizer = sum(step.parameters[number].moments * step.parameters[number].size for number in own)
     by_owner = setting.ranks > 1 and setting.zero == 2
     in_buckets = setting.ranks > 1 and not by_owner
     # How often a gradient is there before it is complete: DistributedDataParallel's buckets always have room for it,
@@ -282,14 +301,15 @@ def _whole_uses(step: Step, setting: Setting) -> Iterator[Use]:
         yield Use("backward", everything, kept, optimizer, alive)
         after = number in own or not by_owner
         kept += (after - before) * step.parameters[number].size
-    yield Use("update", everything, kept, optimizer)
+    yield Use("update", everything, kept, optimizer, step.update)
 
 
 def owned(parameters: list[Parameter], setting: Setting) -> list[set[int]]:
     """The numbers of the parameters that each rank updates; all of them where nothing is shared out.
 
-    Both libraries go through AdamW's groups and give each parameter to the rank that has least so far; torch begins
-    with the largest of a group (ZeroRedundancyOptimizer._partition_parameters, fairscale's OSS.partition_parameters).
+    Both libraries go through the optimizer's groups and give each parameter to the rank that has least so far; torch
+    begins with the largest of a group (ZeroRedundancyOptimizer._partition_parameters, fairscale's
+    OSS.partition_parameters).
     """
     numbers = range(len(parameters))
     if setting.zero == 0 or setting.ranks == 1:
@@ -319,10 +339,14 @@ def _fully_sharded_uses(step: Step, setting: Setting) -> Iterator[Use]:
     sizes = unit_sizes(step.parameters, setting)
     everything, root, largest = sum(sizes), sizes[-1], max(sizes[:-1], default=0)
     part = everything // setting.ranks
+    # Only torch's engine can have Muon.
+    matrices = [each for each in step.parameters if each.moments == 1]
+    optimizer = 2 * part - sum(_cut(each, setting.ranks) for each in matrices) // setting.ranks
+    largest_matrix = max((each.size for each in matrices), default=0)
     yield Use("start", everything + part)  # every rank makes the whole model, and then its part
 
     def use(moment: str, reduced: int, activations: int, exchange: int) -> Use:
-        return Use(moment, part, reduced // setting.ranks, MOMENTS * part, activations, exchange)
+        return Use(moment, part, reduced // setting.ranks, optimizer, activations, exchange)
 
     if not by_torch:
         buffers = by_gloo * largest
@@ -348,7 +372,7 @@ def _fully_sharded_uses(step: Step, setting: Setting) -> Iterator[Use]:
         elif not (by_torch and setting.accumulates):  # fairscale adds up the gradients of a unit as one tensor
             whole[unit] += step.parameters[number].size
     yield use("reduce", everything, 0, (2 if by_torch else 2 + by_gloo + setting.accumulates) * root)
-    yield use("update", everything, 0, 0)
+    yield use("update", everything, step.update, largest_matrix)  # gathered into one buffer, copied from there
 
 
 def _units(parameters: list[Parameter], setting: Setting) -> list[int]:
@@ -362,9 +386,14 @@ def unit_sizes(parameters: list[Parameter], setting: Setting) -> list[int]:
     ranks, units = setting.ranks, _units(parameters, setting)
     sizes = [0] * (1 + max(units))
     for parameter, unit in zip(parameters, units, strict=True):
-        first, size = parameter.shape[0], parameter.size
-        sizes[unit] += size // first * (-(-first // ranks) * ranks) if setting.sharding_backend == "torch" else size
+        sizes[unit] += _cut(parameter, ranks) if setting.sharding_backend == "torch" else parameter.size
     return [-(-size // (BYTES * ranks)) * BYTES * ranks for size in sizes]
+
+
+def _cut(parameter: Parameter, ranks: int) -> int:
+    """Bytes of a parameter that is cut along its first dimension, with what makes that divisible by the ranks."""
+    first = parameter.shape[0]
+    return parameter.size // first * (-(-first // ranks) * ranks)
 
 
 def _size(parameters: list[Parameter], numbers: Iterable[int]) -> int:
@@ -432,4 +461,4 @@ def at_rows(steps: list[Step], rows: int) -> Step:
     backward = [
         (number, line(one, other)) for (number, one), (_, other) in zip(first.backward, second.backward, strict=True)
     ]
-    return Step(rows, first.parameters, line(first.forward, second.forward), backward)
+    return first._replace(rows=rows, forward=line(first.forward, second.forward), backward=backward)

@@ -122,6 +122,7 @@ def _train(
         auto_wrap=setting.auto_wrap,
         bf16=setting.precision == "bf16",
         fp16=setting.precision == "fp16",
+        muon=setting.muon,
     )
     accelerator = prepare_run(arguments)
     memory = MemoryMeter(accelerator.device)

@@ -22,7 +22,7 @@ from mixlm.planning import (
 )
 from mixlm.probing import measure, why_no_probe
 from mixlm.training.arguments import PretrainingArguments
-from mixlm.training.optimization import OptimizerSettings
+from mixlm.training.optimization import OptimizerSettings, matrices_of
 from mixlm.training.sharding import sharding_units
 
 LENGTH = 16
@@ -145,6 +145,30 @@ class TestEngines:
         expected |= {(3, "fairscale", wrap) for wrap in (False, True)}
         assert full == expected
 
+    @pytest.mark.parametrize("zero", [0, 1, 2])
+    def test_muon_keeps_one_moment_of_a_matrix(self, zero):
+        """And needs memory for the largest, which is gathered where every rank has a part of it."""
+        setting = Setting(zero, ranks=3, muon=True)
+        step = simulate_step(CONFIGS["mixlm"], 4, LENGTH, setting)
+        model = AutoModelForPreTraining.from_config(CONFIGS["mixlm"])
+        matrices = matrices_of(model)
+        moments = {each: 1 if each in matrices else 2 for each in model.parameters()}
+        largest = BYTES * max(each.numel() for each in matrices)
+        assert step.update >= 2 * largest  # its momentum, and what becomes of it
+        assert at_rows([step, step._replace(rows=8)], 6).update == step.update
+        small = step._replace(forward=0, backward=[], update=10**9)
+        use = peak_use(small, setting)
+        assert use.moment == "update" and use.activations == 10**9
+        assert use.exchange == (largest if zero == 2 else 0)
+        if zero == 0:
+            assert use.optimizer == BYTES * sum(number * each.numel() for each, number in moments.items())
+        elif zero == 2:  # the first dimension of each in three
+            parts = [number * -(-len(each) // 3) * each[0].numel() for each, number in moments.items()]
+            assert use.optimizer == BYTES * sum(parts)
+        else:
+            sizes = [sum(step.parameters[number].size for number in part) for part in owned(step.parameters, setting)]
+            assert use.optimizer < 2 * max(sizes)
+
     def test_accumulating_keeps_whole_gradients_until_they_are_exchanged(self, tiny_step):
         for setting in (Setting(), *ENGINES):
             more = peak_use(tiny_step, setting._replace(accumulates=True)).total
@@ -237,6 +261,19 @@ class TestMeasured:
         assert abs(difference("mixlm", "sop", Setting())) < 0.15
 
     @pytest.mark.slow
+    @pytest.mark.parametrize(
+        "setting",
+        [
+            Setting(muon=True),
+            Setting(1, muon=True, ranks=2),
+            Setting(3, muon=True, ranks=2, auto_wrap=True),
+        ],
+        ids=lambda setting: f"{setting.zero}",
+    )
+    def test_muon(self, setting):
+        assert abs(difference("mixlm", "sop", setting)) < 0.15
+
+    @pytest.mark.slow
     @pytest.mark.parametrize("family, task", [("mixlm", "ict"), ("switch", "sop")])
     @pytest.mark.parametrize(
         "setting",
@@ -302,6 +339,15 @@ class TestVerb:
         assert usual - fewer > 2 * 0.25 * 512 * 16 * 4000 * 4 / 1e6
         assert "--mlm_probability" not in output and "--mlm_probability 0.15" in output_with_fewer
 
+    def test_muon_needs_less_and_is_among_the_flags(self, plan):
+        needed = []
+        for options in ((), ("--muon",)):
+            output = plan("--preset", "mixlm-mini", "--train_batch_size", "1", *options)
+            (row,) = re.findall(r"^ +0 .*", output, flags=re.MULTILINE)
+            needed.append(int(row.split()[4].replace(",", "")))
+            assert output.rstrip().endswith("--muon") == ("Muon" in output) == bool(options)
+        assert needed[1] < needed[0]
+
     def test_names_the_smallest_zero_that_fits(self, plan):
         common = ("--world_size", "2", "--train_batch_size", "1")
         output = plan(*common, "--device_memory", "20MB")
@@ -338,6 +384,8 @@ class TestVerb:
         assert "max_position_embeddings=256" in refused("--preset", "mixlm-tiny", "--max_seq_length", "257")
         assert "not allowed with" in refused("--preset", "mixlm-tiny", "--fp16", "--bf16")
         assert "not allowed with" in refused("--preset", "mixlm-tiny", "--config_file", "some.json")
+        fairscale = ("--world_size", "2", "--sharding_backend", "fairscale")
+        assert "--zero up to 2" in refused("--preset", "mixlm-tiny", "--muon", *fairscale)
         assert "--device_memory is missing" in refused("--preset", "mixlm-tiny", "--device", "cuda")
 
     def test_nothing_fits(self, refused):

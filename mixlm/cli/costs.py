@@ -76,6 +76,7 @@ def add_plan_parser(subparsers) -> None:
     precision = parser.add_mutually_exclusive_group()
     precision.add_argument("--fp16", action="store_true", help="matrix products in fp16")
     precision.add_argument("--bf16", action="store_true", help="matrix products in bf16")
+    parser.add_argument("--muon", action="store_true", help="Muon for the matrices of the layers, as in training")
     for option, default, what in (
         ("train_batch_size", 0, "rows of a forward pass of a process; 0 = as many as fit"),
         ("gradient_accumulation_steps", 1, "forward passes of a step"),
@@ -191,9 +192,15 @@ def plan_verb(arguments: argparse.Namespace) -> None:
     accumulates = arguments.gradient_accumulation_steps > 1
     how = (arguments.sharding_backend, arguments.auto_wrap, ranks)
     settings = [
-        Setting(zero, *how, precision, accumulates, device, arguments.mlm_probability)
+        Setting(zero, *how, precision, accumulates, device, arguments.mlm_probability, arguments.muon)
         for zero in sorted(set(arguments.zero or (range(4) if ranks > 1 else [0])))
     ]
+    if arguments.muon and arguments.sharding_backend == "fairscale":
+        for zero in (each.zero for each in settings if each.is_fully_sharded):
+            raise UserError(
+                f"--muon: not with --zero {zero} of fairscale, which shares out parameters; use --sharding_backend "
+                f"torch, or --zero up to {zero - 1}"
+            )
     speeds: list[float | None] = []
     reasons: list[str] = []
     with tqdm(desc="planning", total=2 * len(settings), delay=2, leave=False, disable=None) as progress:
@@ -213,7 +220,8 @@ def plan_verb(arguments: argparse.Namespace) -> None:
             progress.update()
 
     print(
-        f"{name}: {plans[0].numbers:,} parameters, {arguments.task}, {precision}, {length:,} tokens a row, "
+        f"{name}: {plans[0].numbers:,} parameters, {arguments.task}, {precision}, "
+        f"{'Muon, ' if arguments.muon else ''}{length:,} tokens a row, "
         f"{arguments.mlm_probability:.0%} to predict, {ranks:,} {'process' if ranks == 1 else 'processes'} on {device}"
     )
     print(
@@ -282,6 +290,8 @@ def _plan_flags(plan: "Plan", model_type: str, arguments: argparse.Namespace) ->
         flags.append("--auto_wrap")
     if setting.precision != "fp32":
         flags.append(f"--{setting.precision}")
+    if setting.muon:
+        flags.append("--muon")
     return " ".join(flags)
 
 
