@@ -143,8 +143,8 @@ def simulate_step(config: PreTrainedConfig, rows: int, length: int, setting: Set
     Args:
         config: of the model.
         rows, length: of the batch, all real tokens; for ICT of the contexts too.
-        setting: of it counts what the step of one process depends on: precision, device, what is to be predicted, and
-            whether blocks are wrapped, for then the plain kernels run.
+        setting: of it counts what the step of one process depends on: precision, device, what is to be predicted,
+            which optimizer updates, and whether blocks are wrapped, for then the plain kernels run.
     """
     config = type(config).from_dict(config.to_dict())
     on_cpu = setting.device == "cpu"
@@ -180,7 +180,6 @@ def simulate_step(config: PreTrainedConfig, rows: int, length: int, setting: Set
                 loss = model(**random_batch(config, rows, length, setting.masked_share)).loss
             forward = memory.restart()
             loss.backward()
-            del loss
         update = max((_update_memory(shape) for shape in set(matrices.values())), default=0)
     parameters = [
         Parameter(each.shape, unit_of[each], group, 1 if each in matrices else 2) for each, group in group_of.items()
@@ -288,9 +287,12 @@ def _whole_uses(step: Step, setting: Setting) -> Iterator[Use]:
     """Of the engines that keep all parameters on every rank: one process, DistributedDataParallel, and
     ShardedDataParallel, which hands a gradient that is complete to its owner."""
     everything = _size(step.parameters, range(len(step.parameters)))
-    own = max(owned(step.parameters, setting), key=lambda numbers: _size(step.parameters, numbers))
-    optimizer = sum(step.parameters[number].moments * step.parameters[number].size for number in own)
     by_owner = setting.ranks > 1 and setting.zero == 2
+    # What comes of a parameter with its owner alone: its moments, and its gradient where that is handed over.
+    own = max(
+        owned(step.parameters, setting), key=lambda numbers: _size_of_moments(step.parameters, numbers, by_owner)
+    )
+    optimizer = _size_of_moments(step.parameters, own)
     in_buckets = setting.ranks > 1 and not by_owner
     # How often a gradient is there before it is complete: DistributedDataParallel's buckets always have room for it,
     # and what was accumulated lies beside them until it is exchanged.
@@ -399,6 +401,11 @@ def _cut(parameter: Parameter, ranks: int) -> int:
 def _size(parameters: list[Parameter], numbers: Iterable[int]) -> int:
     """Bytes of the parameters with these numbers."""
     return sum(parameters[number].size for number in numbers)
+
+
+def _size_of_moments(parameters: list[Parameter], numbers: Iterable[int], and_gradients: bool = False) -> int:
+    """Bytes that the optimizer keeps of the parameters with these numbers, perhaps with their gradients."""
+    return sum((parameters[number].moments + and_gradients) * parameters[number].size for number in numbers)
 
 
 # -- the rows for which there is memory ------------------------------------------------------------------------------

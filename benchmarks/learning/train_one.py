@@ -183,13 +183,13 @@ def step_with_point(checkpoints: Path, curve: list[dict[str, float]]) -> int:
     return step_of(kept[0]) if kept else 0
 
 
-def take_up(file: Path, done: int) -> list[int]:
-    """The steps after which a run was gone on with, this time among them; `file` keeps them."""
-    steps = json.loads(file.read_text()) if file.is_file() else []
-    if done:
-        steps.append(done)
-        write_whole(file, json.dumps(steps))
-    return steps
+def take_up(file: Path, done: int, steps: int) -> list[int]:
+    """The steps, of `steps`, after which a run was taken up again, `done` among them; `file` keeps them."""
+    seams = json.loads(file.read_text()) if file.is_file() else []
+    if 0 < done < steps and done not in seams:
+        seams.append(done)
+        write_whole(file, json.dumps(seams))
+    return seams
 
 
 def train_one(specification: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -230,7 +230,7 @@ def train_one(specification: dict[str, Any], folder: Path) -> dict[str, Any]:
     curve = [json.loads(line) for line in curve_file.read_text().splitlines()] if curve_file.is_file() else []
     done = step_with_point(arguments.run_folder / CHECKPOINTS, curve)
     curve = [point for point in curve if point["step"] <= done]
-    taken_up_at = take_up(folder / "taken_up_at.json", done)
+    taken_up_at = take_up(folder / "taken_up_at.json", done, steps)
     meter = Meter(curve[-1]["cpu_seconds"], curve[-1]["tokens"]) if curve else Meter()
 
     def evaluate(engine: Engine, accelerator: Accelerator) -> dict[str, float]:

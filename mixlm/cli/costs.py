@@ -195,12 +195,12 @@ def plan_verb(arguments: argparse.Namespace) -> None:
         Setting(zero, *how, precision, accumulates, device, arguments.mlm_probability, arguments.muon)
         for zero in sorted(set(arguments.zero or (range(4) if ranks > 1 else [0])))
     ]
-    if arguments.muon and arguments.sharding_backend == "fairscale":
-        for zero in (each.zero for each in settings if each.is_fully_sharded):
-            raise UserError(
-                f"--muon: not with --zero {zero} of fairscale, which shares out parameters; use --sharding_backend "
-                f"torch, or --zero up to {zero - 1}"
-            )
+    most_zero_with_muon = 1 if arguments.auto_wrap else 2  # as TrainingArguments has it
+    if arguments.muon and arguments.sharding_backend == "fairscale" and settings[-1].zero > most_zero_with_muon:
+        raise UserError(
+            f"--muon: not with --zero {settings[-1].zero} where fairscale shares out parameters; use "
+            f"--sharding_backend torch, or --zero up to {most_zero_with_muon}"
+        )
     speeds: list[float | None] = []
     reasons: list[str] = []
     with tqdm(desc="planning", total=2 * len(settings), delay=2, leave=False, disable=None) as progress:

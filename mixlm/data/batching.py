@@ -177,7 +177,7 @@ class LengthBucketedBatches:
             The position after the step, and the keys of this rank's rows, one list for each micro-batch.
 
         Raises:
-            UserError: the position does not exist, because the data or the batch size has changed.
+            UserError: the position does not exist, because the data has changed.
         """
         position = position or Position()
         while True:
@@ -186,7 +186,7 @@ class LengthBucketedBatches:
             if position.window >= self.windows or position.batch >= len(batches):
                 raise UserError(
                     f"window {position.window}, batch {position.batch} of epoch {epoch} is not in this data; "
-                    "resume with the data and the batch size with which the run began"
+                    "resume with the data with which the run began"
                 )
             numbers = [number for number in range(position.batch, len(batches)) if len(batches[number]) >= self.parts]
             if not numbers:  # resumed on more ranks, for which the rest of the window is too small
@@ -204,7 +204,7 @@ class LengthBucketedBatches:
     def _after(self, position: Position, following: int | None) -> Position:
         """The position after a step; `following` is the number of the next batch of the window, if there is one."""
         step = position.step_in_epoch + 1
-        if step == self.max_steps_per_epoch:
+        if self.max_steps_per_epoch is not None and step >= self.max_steps_per_epoch:  # it may have become less
             return Position(position.epoch + 1)
         if following is not None:
             return Position(position.epoch, position.window, following, step)

@@ -28,8 +28,9 @@ class TrainingArguments:
     best_metric: ClassVar[str | None] = None
     # What that metric is of: when one of these has changed, earlier values of it cannot be compared with later ones.
     judged_by: ClassVar[tuple[str, ...]] = ()
-    # What the order of the data is of, beside the rows of a step: likewise, a place in it then says nothing.
-    ordered_by: ClassVar[tuple[str, ...]] = ("seed", "tokens_per_step", "max_steps_per_epoch")
+    # What the order of the data is of, beside the rows of a step: when one of these has changed, a place in it says
+    # nothing. (Files and folders are not among them, for they may have been moved.)
+    ordered_by: ClassVar[tuple[str, ...]] = ("seed", "tokens_per_step")
 
     # The run and its folder
     model_name: str = field(metadata={"help": "Name of the run; its folder is output_dir/model_name."})

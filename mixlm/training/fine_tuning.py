@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from accelerate import Accelerator
@@ -34,6 +34,10 @@ if TYPE_CHECKING:
 @dataclass
 class FineTuningArguments(TrainingArguments):
     """What every fine-tuning script takes beside that."""
+
+    ordered_by: ClassVar[tuple[str, ...]] = (
+        *(*TrainingArguments.ordered_by, "train_articles", "validation_articles", "validation_split"),
+    )
 
     # Not as in pretraining
     model_name: str | None = field(

@@ -61,18 +61,16 @@ def order_has_changed(earlier: dict[str, Any], now: dict[str, Any], ordered_by: 
     """Whether rows come in another order than where a checkpoint was written, or other rows meet in a step.
 
     Args:
-        earlier, now: resolved arguments, and the number of processes.
+        earlier, now: resolved arguments, and the number of processes. What an older version did not know has not
+            changed.
         ordered_by: arguments that the order is of; beside them it is of the rows of a step, unless tokens cut it.
     """
-
-    def rows_of_a_step(arguments: dict[str, Any]) -> int:
-        of = ("train_batch_size", "gradient_accumulation_steps", "processes")
-        return math.prod(arguments[name] for name in of)
-
-    by_rows = now["tokens_per_step"] is None
-    return any(earlier.get(name) != now[name] for name in ordered_by) or (
-        by_rows and rows_of_a_step(earlier) != rows_of_a_step(now)
+    before = {**now, **earlier}
+    rows_before, rows_now = (
+        each["train_batch_size"] * each["gradient_accumulation_steps"] * each["processes"] for each in (before, now)
     )
+    by_rows = now["tokens_per_step"] is None
+    return any(before[name] != now[name] for name in ordered_by) or (by_rows and rows_before != rows_now)
 
 
 def train(

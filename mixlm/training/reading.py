@@ -49,7 +49,8 @@ class ReadingArguments(FineTuningArguments):
         *DECODING_ARGUMENTS,
     )
     ordered_by: ClassVar[tuple[str, ...]] = (
-        *(*FineTuningArguments.ordered_by, "train_articles", "max_seq_length", "doc_stride", "max_query_length"),
+        *(*FineTuningArguments.ordered_by, "version_2_with_negative"),
+        *("max_seq_length", "doc_stride", "max_query_length"),
     )
 
     predict_file: list[str] | None = field(default=None, metadata={"help": "Questions to answer, as train_file."})

@@ -44,7 +44,7 @@ class RetrievalArguments(FineTuningArguments):
         *("max_query_length", "max_passage_length", "null_passage"),
     )
     ordered_by: ClassVar[tuple[str, ...]] = (
-        *(*FineTuningArguments.ordered_by, "train_articles", "eval_split", "max_query_length", "max_passage_length"),
+        *(*FineTuningArguments.ordered_by, "null_passage", "eval_split", "max_query_length", "max_passage_length"),
     )
 
     # Text without questions

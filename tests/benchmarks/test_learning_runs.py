@@ -202,8 +202,8 @@ def test_a_killed_run_has_the_curve_of_one_that_was_not(tmp_path, monkeypatch, k
             make("killed")
     result = make("killed")
     assert points(result) == points(whole) and "taken_up_at" not in whole
-    (taken_up_at,) = result["taken_up_at"]
-    assert taken_up_at in {each["step"] for each in whole["curve"]}
+    expected = {"a point": [6], "a step between points": [6], "the last point": [21], "the result": None}
+    assert result.get("taken_up_at") == expected[killed_at]
 
 
 def test_the_meter_counts_steps_and_not_what_lies_between(monkeypatch):

@@ -1,5 +1,6 @@
 """Runs that go on from a checkpoint: from which one, and to the same end."""
 
+import dataclasses
 import shutil
 
 import pytest
@@ -8,7 +9,11 @@ from accelerate import Accelerator
 from small_runs import assert_same_checkpoint, checkpoint_names, curves_without_speed
 
 from mixlm.errors import UserError
+from mixlm.training.arguments import PretrainingArguments
 from mixlm.training.checkpoint import read_state
+from mixlm.training.loop import order_has_changed
+from mixlm.training.reading import ReadingArguments
+from mixlm.training.retrieval import RetrievalArguments
 from mixlm.training.run import choose_checkpoint, prepare_run
 
 
@@ -186,6 +191,49 @@ def test_where_rows_come_in_another_order_they_come_anew(
     position = read_state(checkpoint_folder(again, 7))["position"]
     assert {name: position[name] for name in place} == place
     assert ("  so its data comes in another order" in capsys.readouterr().out) == (place["epoch"] == 2)
+
+
+LAID_OUT = {
+    "train_batch_size": 4,
+    "gradient_accumulation_steps": 2,
+    "processes": 2,
+    "tokens_per_step": None,
+    "seed": 1,
+}
+
+
+@pytest.mark.parametrize(
+    ("changed", "has_changed"),
+    [
+        ({}, False),
+        ({"gradient_accumulation_steps": 1}, True),
+        ({"processes": 1}, True),
+        ({"processes": 1, "gradient_accumulation_steps": 4}, False),
+        ({"seed": 2}, True),
+    ],
+    ids=str,
+)
+def test_the_order_is_of_the_rows_of_all_processes(changed, has_changed):
+    assert order_has_changed({**LAID_OUT, **changed}, LAID_OUT, ("seed",)) == has_changed
+
+
+def test_tokens_cut_steps_whatever_the_processes():
+    by_tokens = {**LAID_OUT, "tokens_per_step": 512}
+    assert not order_has_changed({**by_tokens, "processes": 1}, by_tokens, ("tokens_per_step",))
+    assert order_has_changed(LAID_OUT, by_tokens, ("tokens_per_step",))
+
+
+def test_what_an_older_version_did_not_know_has_not_changed():
+    earlier = {name: value for name, value in LAID_OUT.items() if name not in ("seed", "processes")}
+    assert not order_has_changed(earlier, LAID_OUT, ("seed",))
+
+
+@pytest.mark.parametrize(
+    "arguments_class", [PretrainingArguments, ReadingArguments, RetrievalArguments], ids=lambda each: each.__name__
+)
+def test_the_order_is_of_arguments_that_there_are(arguments_class):
+    assert set(arguments_class.ordered_by) <= {each.name for each in dataclasses.fields(arguments_class)}
+    assert len(set(arguments_class.ordered_by)) == len(arguments_class.ordered_by)
 
 
 def test_between_two_epochs_another_order_passes_nothing_over(make_arguments, run_training, checkpoint_folder):
