@@ -183,7 +183,7 @@ def draw_scaling(lines: Sequence[Line], file: Path) -> None:
     for axis in (axes[0][0].xaxis, axes[0][0].yaxis):  # which all panels share
         axis.set_major_formatter("{x:g}")
         axis.set_minor_formatter(NullFormatter())
-    axes[0][0].set_yticks([2.5, 3, 3.5, 4, 4.5, 5])
+    axes[0][0].set_yticks([2.5, 3, 3.5, 4, 4.5, 5, 6, 7])
     figure.tight_layout()
     figure.savefig(file, dpi=110)
     pyplot.close(figure)
