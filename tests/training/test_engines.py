@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_runs import build_arguments, reset_accelerate, run_small
+from small_runs import ROWS_PER_STEP, build_arguments, reset_accelerate, run_small
 
 from mixlm.training.report import read_curves
 from mixlm.training.verification import CASES, Case
@@ -190,16 +190,17 @@ def test_a_checkpoint_goes_on_under_any_other_engine(tmp_path, two_ranks, four_r
     run, arguments = {"dropout_prob": 0.0}, {"save_steps": 0, "scheduler_num_steps": 14, "save_total_limit": 9}
     train_on_a_rank(str(tmp_path / "whole"), {**arguments, "num_steps": 14}, run)
     stages = [
-        (two_ranks, Case(3, "fairscale", auto_wrap=True), 2),
-        (None, Case(0, "torch", auto_wrap=False), 4),
-        (two_ranks, Case(2, "torch", auto_wrap=False), 1),
-        (four_ranks, Case(1, "fairscale", auto_wrap=False), 2),
-        (two_ranks, Case(2, "fairscale", auto_wrap=False), 2),
-        (four_ranks, Case(3, "torch", auto_wrap=True), 1),
-        (two_ranks, Case(1, "torch", auto_wrap=False), 2),
+        (two_ranks, 2, Case(3, "fairscale", auto_wrap=True), 2),
+        (None, 1, Case(0, "torch", auto_wrap=False), 4),
+        (two_ranks, 2, Case(2, "torch", auto_wrap=False), 1),
+        (four_ranks, 4, Case(1, "fairscale", auto_wrap=False), 2),
+        (two_ranks, 2, Case(2, "fairscale", auto_wrap=False), 2),
+        (four_ranks, 4, Case(3, "torch", auto_wrap=True), 1),
+        (two_ranks, 2, Case(1, "torch", auto_wrap=False), 2),
     ]
-    for number, (ranks, case, micro_batches) in enumerate(stages, start=1):
+    for number, (ranks, processes, case, micro_batches) in enumerate(stages, start=1):
         stage = {"num_steps": 2 * number, "resume": "auto", "gradient_accumulation_steps": micro_batches}
+        stage["train_batch_size"] = ROWS_PER_STEP // processes // micro_batches  # so that the order stays
         wait_for_the_next_second()
         everything = (str(tmp_path / "stages"), {**arguments, **case._asdict(), **stage}, run)
         train_on_a_rank(*everything) if ranks is None else ranks(train_on_a_rank, *everything)
