@@ -26,7 +26,7 @@ from transformers import AutoModelForPreTraining, PreTrainedConfig
 
 from .kernels import TOKENS_PER_BLOCK
 from .profiling import random_batch
-from .training.arguments import PretrainingArguments
+from .training.arguments import PretrainingArguments, TrainingArguments
 from .training.batch_size import MOST_ROWS
 from .training.optimization import OptimizerSettings, orthogonalized
 from .training.precision import autocast
@@ -57,6 +57,22 @@ class Setting(NamedTuple):
     device: str = "cpu"
     masked_share: float = PretrainingArguments.mlm_probability
     muon: bool = False
+
+    def training_arguments(self, **fields: Any) -> TrainingArguments:
+        """Those of a training with this setting, and other fields.
+
+        Raises:
+            UserError: no training can have it.
+        """
+        return TrainingArguments(
+            zero=self.zero,
+            sharding_backend=self.sharding_backend,
+            auto_wrap=self.auto_wrap,
+            bf16=self.precision == "bf16",
+            fp16=self.precision == "fp16",
+            muon=self.muon,
+            **fields,
+        )
 
     @property
     def is_fully_sharded(self) -> bool:

@@ -19,7 +19,6 @@ from .data.batching import Position
 from .errors import UserError, exits_on_user_error
 from .planning import Plan, Setting
 from .profiling import random_batch
-from .training.arguments import TrainingArguments
 from .training.launch import run_ranks
 from .training.loop import train
 from .training.memory import MemoryMeter
@@ -110,19 +109,13 @@ def _train(
     folder: str, name: str, config: PreTrainedConfig, rows: int, length: int, steps: int, setting: Setting
 ) -> Measurement:
     micro_batches = 2 if setting.accumulates else 1
-    arguments = TrainingArguments(
+    arguments = setting.training_arguments(
         model_name=name,
         output_dir=folder,
         train_batch_size=rows,
         gradient_accumulation_steps=micro_batches,
         num_steps=sys.maxsize,
         warmup_steps=0,
-        zero=setting.zero,
-        sharding_backend=setting.sharding_backend,
-        auto_wrap=setting.auto_wrap,
-        bf16=setting.precision == "bf16",
-        fp16=setting.precision == "fp16",
-        muon=setting.muon,
     )
     accelerator = prepare_run(arguments)
     memory = MemoryMeter(accelerator.device)

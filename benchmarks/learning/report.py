@@ -17,7 +17,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from lines import Line, beginning_of_row, grid, lines_of, loss_of, spread
-from scaling import draw_scaling, rows_of_laws, rows_of_runs
+from scaling import draw_scaling, rows_of_laws, rows_of_runs, save
 from study import FOLDER, RESULTS, TABLES, read_results
 
 matplotlib.use("Agg")  # no screen
@@ -202,9 +202,7 @@ def draw_finalists(lines: Sequence[Line], file: Path) -> None:
         axis.grid(alpha=0.3)
     axes[0].set_ylabel(ORDINATE)
     axes[0].legend()
-    figure.tight_layout()
-    figure.savefig(file, dpi=110)
-    pyplot.close(figure)
+    save(figure, file)
 
 
 def draw_growth(lines: Sequence[Line], file: Path) -> None:
@@ -222,9 +220,7 @@ def draw_growth(lines: Sequence[Line], file: Path) -> None:
     axis.xaxis.set_major_formatter("{x:g}")
     axis.grid(alpha=0.3, which="both")
     axis.legend()
-    figure.tight_layout()
-    figure.savefig(file, dpi=110)
-    pyplot.close(figure)
+    save(figure, file)
 
 
 # What is drawn of which table, and where.

@@ -16,6 +16,7 @@ from lines import Line, beginning_of_row, loss_of, spread
 
 matplotlib.use("Agg")  # no screen
 from matplotlib import pyplot
+from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
 BEYOND = 4.0  # how many times the most tokens that were seen a figure goes on
@@ -184,6 +185,11 @@ def draw_scaling(lines: Sequence[Line], file: Path) -> None:
         axis.set_major_formatter("{x:g}")
         axis.set_minor_formatter(NullFormatter())
     axes[0][0].set_yticks([2.5, 3, 3.5, 4, 4.5, 5, 6, 7])
+    save(figure, file)
+
+
+def save(figure: Figure, file: Path) -> None:
+    """Write a figure to a file, and forget it."""
     figure.tight_layout()
     figure.savefig(file, dpi=110)
     pyplot.close(figure)

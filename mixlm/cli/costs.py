@@ -195,12 +195,8 @@ def plan_verb(arguments: argparse.Namespace) -> None:
         Setting(zero, *how, precision, accumulates, device, arguments.mlm_probability, arguments.muon)
         for zero in sorted(set(arguments.zero or (range(4) if ranks > 1 else [0])))
     ]
-    most_zero_with_muon = 1 if arguments.auto_wrap else 2  # as TrainingArguments has it
-    if arguments.muon and arguments.sharding_backend == "fairscale" and settings[-1].zero > most_zero_with_muon:
-        raise UserError(
-            f"--muon: not with --zero {settings[-1].zero} where fairscale shares out parameters; use "
-            f"--sharding_backend torch, or --zero up to {most_zero_with_muon}"
-        )
+    for setting in settings:
+        setting.training_arguments(model_name="planned")  # refuses what a training would
     speeds: list[float | None] = []
     reasons: list[str] = []
     with tqdm(desc="planning", total=2 * len(settings), delay=2, leave=False, disable=None) as progress:

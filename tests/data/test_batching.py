@@ -171,6 +171,14 @@ def test_a_resumed_order_goes_on_as_if_nothing_had_happened(done, seed, mode, mo
     assert list(islice(make().steps(position), 20)) == steps[done:]
 
 
+def test_an_epoch_that_has_become_shorter_ends_with_the_next_step():
+    whole = LengthBucketedBatches(LENGTHS, seed=1, rows_per_step=24, window_steps=8)
+    shorter = LengthBucketedBatches(LENGTHS, seed=1, rows_per_step=24, window_steps=8, max_steps_per_epoch=5)
+    for done, epoch in ((3, 0), (4, 1), (10, 1)):
+        position = list(islice(whole.steps(), done))[-1][0]
+        assert next(shorter.steps(position))[0].epoch == epoch
+
+
 def test_a_run_resumes_on_another_number_of_ranks():
     few = LengthBucketedBatches(LENGTHS, seed=3, tokens_per_step=900, window_steps=4)
     many = LengthBucketedBatches(LENGTHS, seed=3, tokens_per_step=900, window_steps=4, ranks=6)
