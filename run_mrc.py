@@ -61,10 +61,10 @@ def train_reader(arguments: ReadingArguments, accelerator: Accelerator, question
     accelerator.print(
         f"{len(training.examples):,} questions in {len(training):,} windows to train on for {arguments.num_steps:,} "
         f"steps, {len(questions.validation):,} in {len(held_out):,} to evaluate on; "
-        f"{training.cut_questions + held_out.cut_questions:,} questions are longer than max_query_length and cut"
+        f"questions cut to max_query_length: {training.cut_questions + held_out.cut_questions:,}"
     )
     if training.skipped:
-        accelerator.print(f"{len(training.skipped):,} questions cannot be learned from: {SKIPPED_FILE}")
+        accelerator.print(f"questions that cannot be learned from: {len(training.skipped):,}, see {SKIPPED_FILE}")
     write_skipped([*questions.skipped, *training.skipped], arguments, accelerator)
 
     def evaluate(engine: Engine) -> dict[str, float]:

@@ -418,7 +418,7 @@ def test_an_evaluation_says_what_it_cannot_use_and_reads_as_it_is_told(run, prep
     folder = run(**answering, output_dir=tmp_path / "answers", validation_file=data, n_best_size=2)
     said = capsys.readouterr().out
     assert "1 answers are not where the file says, nor once nearby: skipped_answers.jsonl" in said
-    assert "1 questions are longer than max_query_length and cut" in said
+    assert "questions cut to max_query_length: 1" in said
     (skipped,) = (folder / "skipped_answers.jsonl").read_text("utf-8").splitlines()
     assert json.loads(skipped)["id"] == "0-0-0"
     best = json.loads((folder / "nbest_predictions.json").read_text("utf-8"))

@@ -18,7 +18,7 @@ from mixlm.heads import IGNORE
 from mixlm.modeling_mixlm import ResidualAttention
 from mixlm.training import loop
 from mixlm.training.objectives import Batch, SentenceOrderObjective, Step, Term
-from mixlm.training.optimization import OptimizerSettings
+from mixlm.training.optimization import Muon, OptimizerSettings
 from run_pretraining import OBJECTIVES
 
 # -- new models ------------------------------------------------------------------------------------------------------
@@ -79,6 +79,37 @@ def with_options(**options: Any) -> AbstractContextManager:
     return patch.object(OptimizerSettings, "options", property(lambda settings: {**own(settings), **options}))
 
 
+class AdamWWithRates(Muon):
+    """AdamW, or with matrices Muon, whose groups multiply the learning rate by their `relative_rate`."""
+
+    def step(self, closure: None = None) -> None:
+        """As in `Muon`; the engine sets the rate anew before each step."""
+        for group in self.param_groups:
+            group["lr"] *= group["relative_rate"]
+        super().step()
+
+
+def with_embedding_rate(relative_rate: float) -> AbstractContextManager:
+    """Train the tables of embeddings, and with them the vocabulary's scores, at another rate than the rest."""
+    own = OptimizerSettings.groups
+
+    def groups(settings: OptimizerSettings, model: nn.Module) -> list[dict[str, Any]]:
+        tables = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+        decayed, *others = own(settings, model)
+        parts = [
+            {**decayed, "params": [each for each in decayed["params"] if each not in tables]},
+            *others,
+            {
+                **decayed,
+                "params": [each for each in decayed["params"] if each in tables],
+                "relative_rate": relative_rate,
+            },
+        ]
+        return [{"relative_rate": 1.0, **part} for part in parts]
+
+    return patch.multiple(OptimizerSettings, groups=groups, optimizer_class=AdamWWithRates)
+
+
 NEW_MODELS: dict[str, Callable[[nn.Module, Tensor], None]] = {
     "fan-in": initialize_by_fan_in,
     "scaled branches": scale_branches_down,
@@ -90,5 +121,7 @@ TRAININGS: dict[str, Callable[[], AbstractContextManager]] = {
     # As `"arguments": {"muon": true}`, which was not there yet when the lines that ask for it in this way were made.
     "muon": partial(patch.object, OptimizerSettings, "muon", True),
     "beta2 0.98": partial(with_options, betas=(0.9, 0.98)),
+    "embedding rate x 3": partial(with_embedding_rate, 3.0),
+    "embedding rate x 10": partial(with_embedding_rate, 10.0),
     "masked tokens alone": partial(patch.dict, OBJECTIVES, {"SOP": MaskedTokensObjective}),
 }

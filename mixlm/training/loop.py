@@ -53,7 +53,10 @@ def changed_arguments(earlier: dict[str, Any], now: dict[str, Any]) -> dict[str,
     return {
         name: (earlier.get(name), value)
         for name, value in now.items()
-        if name not in of_no_consequence and not name.startswith("hub_") and earlier.get(name) != value
+        if name not in of_no_consequence
+        and not name.startswith("hub_")
+        and earlier.get(name) != value
+        and (value or name in earlier)  # what an older version did not know, it did without
     }
 
 

@@ -217,7 +217,7 @@ def scores_over_ranks(
     """The windows of questions and what the reader thinks of them: what `Decoding.read` takes."""
     windows = reader.decoding.windows(examples, reader.tokenizer)
     if windows.cut_questions:
-        accelerator.print(f"{windows.cut_questions:,} questions are longer than max_query_length and cut")
+        accelerator.print(f"questions cut to max_query_length: {windows.cut_questions:,}")
     pad_token_id = reader.tokenizer.pad_token_id
     return windows, window_scores(reader.model, windows, reader.batch_size, pad_token_id, accelerator)
 

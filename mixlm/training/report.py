@@ -76,11 +76,8 @@ def plot_curves(runs: dict[str, Curves], out: Path) -> None:
     pyplot = _pyplot()
     expert_tags = sorted({tag for run in runs.values() for tag in run if tag.startswith("train/expert_")})
     panels = [*PANELS, ("share of tokens per expert, and dropped", (*expert_tags, "train/dropped_share"))]
-    panels = [
-        (title, tags)
-        for title, tags in panels
-        if any(value for run in runs.values() for tag in tags for _, value in run.get(tag, []))
-    ]
+    drawn = {tag for run in runs.values() for tag in _telling(run)}
+    panels = [(title, tags) for title, tags in panels if drawn.intersection(tags)]
     if not panels:
         raise UserError(
             f"{', '.join(runs)}: no curve of a training there, only {', '.join(next(iter(runs.values())))}"
@@ -107,6 +104,13 @@ def plot_curves(runs: dict[str, Curves], out: Path) -> None:
         axis.tick_params(labelsize=8)
         axis.legend(fontsize=7)
     _save(figure, ", ".join(runs), out)
+
+
+def _telling(run: Curves) -> set[str]:
+    """The tags whose curves are not 0 throughout, nor the total of a single loss, which is that loss once more."""
+    tags = {tag for tag, points in run.items() if any(value for _, value in points)}
+    losses = [tag for tag in tags if tag.startswith("train/") and tag.endswith("_loss")]
+    return tags - {"train/loss"} if len(losses) == 1 else tags
 
 
 def plot_reading(name: str, questions: Sequence[JudgedQuestion], out: Path) -> None:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 
 import candidates
@@ -25,6 +26,7 @@ from mixlm.errors import RunStopped
 from mixlm.tokenization import train_tokenizer
 from mixlm.training.checkpoint import STATE_FILE, skeleton_of
 from mixlm.training.optimization import OptimizerSettings
+from mixlm.training.sharding.engine import Engine
 from mixlm.training.stopping import StopRequest
 
 
@@ -65,6 +67,30 @@ def test_muon_has_no_table_and_no_head_of_any_model(kind):
     assert len(taken) >= 4
     assert not [name for name in taken if "head" in name or "embeddings.weight" in name or "predictions" in name]
     assert len(OptimizerSettings(0.1, 0.0, 1e-8).groups(model)) == 2
+
+
+@pytest.mark.parametrize("muon", [False, True])
+def test_embeddings_take_the_steps_of_their_own_rate_and_the_rest_those_of_the_other(muon):
+    """Decay too, and in the second step as well: rates are not multiplied twice."""
+
+    def after_two_steps(learning_rate: float, training: AbstractContextManager) -> dict[str, torch.Tensor]:
+        torch.manual_seed(1)
+        model = models.build_model("mixlm", TINY, Tokenizer())
+        with training:
+            engine = Engine(model, OptimizerSettings(learning_rate, 0.3, 1e-8, muon), "fp32")
+        for _ in range(2):
+            for parameter in engine.parameters.values():
+                parameter.grad = torch.randn_like(parameter)
+            engine.step(learning_rate)
+        return {name: parameter.detach() for name, parameter in engine.parameters.items()}
+
+    found = after_two_steps(0.01, candidates.TRAININGS["embedding rate x 3"]())
+    slow, fast = after_two_steps(0.01, nullcontext()), after_two_steps(0.03, nullcontext())
+    tables = {name for name in found if name.endswith("_embeddings.weight")}
+    assert len(tables) >= 2
+    for name, tensor in found.items():
+        assert torch.equal(tensor, (fast if name in tables else slow)[name])
+        assert not torch.equal(slow[name], fast[name])
 
 
 def test_the_cosine_rises_to_the_peak_and_falls_to_nothing():

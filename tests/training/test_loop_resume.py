@@ -11,7 +11,7 @@ from small_runs import assert_same_checkpoint, checkpoint_names, curves_without_
 from mixlm.errors import UserError
 from mixlm.training.arguments import PretrainingArguments
 from mixlm.training.checkpoint import read_state
-from mixlm.training.loop import order_has_changed
+from mixlm.training.loop import changed_arguments, order_has_changed
 from mixlm.training.reading import ReadingArguments
 from mixlm.training.retrieval import RetrievalArguments
 from mixlm.training.run import choose_checkpoint, prepare_run
@@ -168,6 +168,12 @@ def test_what_changed_since_the_checkpoint_is_said(make_arguments, run_training,
         "changed since then: num_steps 2 -> 3",
         "changed since then: scheduler_num_steps 2 -> 3",
     ]
+
+
+def test_what_an_older_version_did_not_know_and_is_off_has_not_changed():
+    before, now = {"zero": 1, "fp16": True}, {"zero": 0, "fp16": False, "muon": False, "seed": 0, "bf16": True}
+    changes = {"zero": (1, 0), "fp16": (True, False), "bf16": (None, True)}
+    assert changed_arguments(before, now) == changes
 
 
 @pytest.mark.parametrize(

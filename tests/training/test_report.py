@@ -2,6 +2,7 @@ import pytest
 from torch.utils.tensorboard import SummaryWriter
 
 from mixlm.errors import UserError
+from mixlm.training import report
 from mixlm.training.report import plot_curves, read_curves
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -50,6 +51,28 @@ def test_the_curves_of_a_real_run_make_a_picture(make_arguments, run_training, t
         out = tmp_path / "pictures" / f"{name}.png"
         plot_curves({label: runs[label] for label in chosen}, out)
         assert out.read_bytes().startswith(PNG) and out.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("losses", "expected"),
+    [
+        ({"reading": 2.0, "aux": 0.0}, ["reading: loss (nats)"]),
+        (
+            {"mlm": 2.0, "sop": 1.0},
+            ["masked tokens: loss (nats)", "total loss (nats)", "second objective: loss (nats)"],
+        ),
+        ({"reading": 2.0, "aux": 1.0}, ["total loss (nats)", "reading: loss (nats)", "router losses"]),
+    ],
+)
+def test_the_total_is_drawn_where_it_has_parts(tmp_path, monkeypatch, losses, expected):
+    pytest.importorskip("matplotlib")
+    titles = []
+    monkeypatch.setattr(
+        report, "_save", lambda figure, *rest: titles.extend(axis.get_title() for axis in figure.axes if axis.lines)
+    )
+    curves = {f"train/{name}_loss": [(1, value)] for name, value in losses.items()}
+    plot_curves({"run": {"train/loss": [(1, sum(losses.values()))], **curves}}, tmp_path / "picture.png")
+    assert titles == expected
 
 
 def test_a_picture_that_cannot_be_written_is_named(tmp_path):
