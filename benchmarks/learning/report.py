@@ -4,8 +4,8 @@
     python benchmarks/learning/report.py
 
 What stands in the page between `<!-- table: NAME -->` and `<!-- end -->` becomes the table of tables/NAME.jsonl,
-docs/learning.png the curves of tables/finalists.jsonl, docs/growth.png those of tables/growth.jsonl, and
-docs/scaling.png what is fitted to tables/scaling.jsonl.
+and behind `<!-- gains -->` that of gains.py. docs/learning.png becomes the curves of tables/finalists.jsonl,
+docs/growth.png those of tables/growth.jsonl, and docs/scaling.png what is fitted to tables/scaling.jsonl.
 """
 
 import re
@@ -16,6 +16,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from gains import rows_of_gains
 from lines import Line, beginning_of_row, grid, lines_of, loss_of, spread
 from scaling import draw_scaling, rows_of_laws, rows_of_runs, save
 from study import FOLDER, RESULTS, TABLES, read_results
@@ -49,6 +50,7 @@ HYBRID_COLUMNS = {
 }
 GREATEST_P = "p, at most"
 _TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_GAINS = re.compile(r"(<!-- gains -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def markdown(lines: Sequence[Line], rows_of: Callable[[Sequence[Line]], list[dict[str, Any]]] | None = None) -> str:
@@ -143,7 +145,8 @@ def rewrite(page: str, results: Sequence[dict[str, Any]]) -> str:
             return f"{begin}\n{markdown(lines, rows_of_runs)}\n{grid(rows_of_laws(lines))}\n\n{end}"
         return f"{begin}\n{markdown(lines)}\n{end}"
 
-    return _TABLE.sub(table, page)
+    page = _TABLE.sub(table, page)
+    return _GAINS.sub(lambda match: f"{match[1]}\n{grid(rows_of_gains(results))}\n\n{match[2]}", page)
 
 
 def minutes_of(result: dict[str, Any]) -> list[float]:

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import gains
 import pytest
 import report
 import study
@@ -102,6 +103,28 @@ def test_the_page_shows_the_kept_results():
     assert report.rewrite(page, study.read_results(study.RESULTS)) == page
     named = re.findall(r"<!-- table: (\w+) -->", page)
     assert sorted(named) == sorted(file.stem for file in study.TABLES.glob("*.jsonl"))
+
+
+def test_a_gain_is_over_the_seeds_that_both_lines_have(tmp_path, monkeypatch):
+    monkeypatch.setattr(gains, "TABLES", tmp_path)
+    file = table(tmp_path, {**LINE, "name": "base"}, {**LINE, "name": "other", "fields": {"ln_pos": 1}})
+    runs = study.read_table(file)
+    results = [pretrained(run, loss) for run, loss in zip(runs, [5.0, 6.0, 4.5, 5.8], strict=True)]
+    comparison = gains.Comparison(file.stem, "base", "other")
+    assert gains.gain_of(comparison, results) == "+0.35 ± 0.21"
+    assert gains.gain_of(comparison, results[:3]) == "+0.50 (1 seed)"
+    assert gains.gain_of(comparison, results[:2]) == ""
+
+
+def test_every_choice_is_of_lines_that_are_there():
+    """And trained as long as the title of its column says: what it is compared with as well."""
+    steps = {"3 minutes": (430, 740), "a quarter of an hour": (1800, 2800), "an hour": (6500, 11000)}
+    for tried in gains.CHOICES.values():
+        for length, comparison in tried.items():
+            runs = {run["name"]: run for run in study.read_table(study.TABLES / f"{comparison.table}.jsonl")}
+            fewest, most = steps[length]
+            for name in (comparison.without, comparison.chosen):
+                assert fewest <= runs[name]["steps"] <= most
 
 
 def curve_of(steps: int, first: int, distance: int) -> dict:

@@ -1,0 +1,81 @@
+"""What each choice gains in short and in longer trainings: whether what wins in minutes still wins in an hour."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from lines import Line, lines_of, loss_of, spread
+from study import TABLES
+
+LENGTHS = ("3 minutes", "a quarter of an hour", "an hour")
+
+
+class Comparison(NamedTuple):
+    """Two lines of a table that differ in one choice."""
+
+    table: str
+    without: str
+    chosen: str
+
+
+LATE_DECAY = "decay in the last 20%"
+# A row of the table: the choice, and where it was tried, by the length of the training.
+CHOICES: dict[str, dict[str, Comparison]] = {
+    "a rate that is kept until the last fifth, not one that falls from the warm-up on": {
+        "3 minutes": Comparison("learning_rate", "mixlm-mini", LATE_DECAY),
+        "a quarter of an hour": Comparison("decay", "decay from the warm-up on", LATE_DECAY),
+    },
+    "a rate that falls over the last half, not the last fifth": {
+        "3 minutes": Comparison("learning_rate", LATE_DECAY, "decay in the last 50%"),
+        "a quarter of an hour": Comparison("decay", LATE_DECAY, "decay in the last 50%"),
+        "an hour": Comparison("hour", "MixLM", "decay in the last 50%"),
+    },
+    "scores of the vocabulary that begin at the tokens' frequencies": {
+        "3 minutes": Comparison("initialisation", "mixlm-mini", "decoder begins at token frequencies"),
+    },
+    "Muon": {
+        "3 minutes": Comparison("optimizer", "mixlm-mini", "Muon, 2e-3"),
+        "a quarter of an hour": Comparison("quarter_hour", "MixLM", "MixLM, Muon"),
+        "an hour": Comparison("finalists", "MixLM", "MixLM, Muon"),
+    },
+    "half the feed-forward": {
+        "3 minutes": Comparison("kernels", "mixlm-mini", "feed-forward 512"),
+        "a quarter of an hour": Comparison("quarter_hour", "MixLM", "MixLM, feed-forward 512"),
+        "an hour": Comparison("hour", "MixLM", "feed-forward 512"),
+    },
+    "half the feed-forward, where Muon is taken": {
+        "a quarter of an hour": Comparison("quarter_hour", "MixLM, Muon", "MixLM, Muon, feed-forward 512"),
+    },
+    "three times the rate for embeddings": {
+        "3 minutes": Comparison("embedding_rate", "token frequencies", "embeddings 3e-3"),
+        "a quarter of an hour": Comparison("quarter_hour", "MixLM", "MixLM, embeddings 3e-3"),
+    },
+    "MixLM, not ModernBERT": {
+        "3 minutes": Comparison("peers_decay", "ModernBERT, 0.001", "mixlm-mini"),
+        "an hour": Comparison("finalists", "ModernBERT", "MixLM"),
+    },
+    "MixLM, not BERT": {
+        "3 minutes": Comparison("peers_decay", "BERT pre-LN, 0.001", "mixlm-mini"),
+        "an hour": Comparison("finalists", "BERT", "MixLM"),
+    },
+    "Switch, not BERT": {
+        "3 minutes": Comparison("peers_decay", "BERT pre-LN, 0.001", "Switch, 0.0005"),
+        "an hour": Comparison("finalists", "BERT", "Switch"),
+    },
+}
+
+
+def gain_of(comparison: Comparison, results: Sequence[dict[str, Any]]) -> str:
+    """By how many nats the loss is lower, over the seeds that both lines have; nothing where they have none."""
+    lines: dict[str, Line] = {line.name: line for line in lines_of(TABLES / f"{comparison.table}.jsonl", results)}
+    without, chosen = lines[comparison.without].results, lines[comparison.chosen].results
+    common = sorted(without.keys() & chosen.keys())
+    gains = [loss_of(without[seed]) - loss_of(chosen[seed]) for seed in common]
+    return spread(gains, sign="+", digits=2) + (" (1 seed)" if len(common) == 1 else "")
+
+
+def rows_of_gains(results: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+    """Cells by the title of their column: what each choice gains in trainings of each length."""
+    return [
+        {"": choice, **{length: gain_of(tried[length], results) if length in tried else "" for length in LENGTHS}}
+        for choice, tried in CHOICES.items()
+    ]
