@@ -295,7 +295,10 @@ def test_skipped_answers_are_listed(run, tmp_path, capsys):
     file = tmp_path / "questions.json"
     file.write_text(json.dumps(document), "utf-8")
     folder = run(train_file=file, num_steps=1)
-    assert "1 answers are not where the file says, nor once nearby: skipped_answers.jsonl" in capsys.readouterr().out
+    assert (
+        "answers that are not where the file says, nor once nearby: 1, see skipped_answers.jsonl"
+        in capsys.readouterr().out
+    )
     (line,) = (folder / "skipped_answers.jsonl").read_text("utf-8").splitlines()
     assert json.loads(line)["id"] == document["data"][0]["paragraphs"][0]["qas"][0]["id"]
 

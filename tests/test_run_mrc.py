@@ -272,10 +272,16 @@ def test_with_the_flag_a_threshold_is_tuned(run, prepared):
 def test_skipped_answers_are_no_questions_to_train_on(run, tmp_path, capsys):
     articles = [article(number) for number in range(12)]
     articles[0]["paragraphs"][0]["qas"][0]["answers"][0]["text"] = "없는 곳"
-    folder = run(train_file=write(tmp_path / "one_wrong.json", articles))
-    assert "39 questions in 39 windows to train on for 2 steps, 8 in 8 to evaluate on" in capsys.readouterr().out
-    (skipped,) = (folder / "skipped_answers.jsonl").read_text("utf-8").splitlines()
-    assert json.loads(skipped)["id"] == "0-0-0"
+    without_tokens = articles[1]["paragraphs"][0]
+    without_tokens["qas"][0]["answers"] = [{"text": "\x00", "answer_start": len(without_tokens["context"])}]
+    without_tokens["context"] += "\x00"
+    folder = run(train_file=write(tmp_path / "two_wrong.json", articles))
+    said = capsys.readouterr().out
+    assert "38 questions in 38 windows to train on for 2 steps, 8 in 8 to evaluate on" in said
+    assert "answers that are not where the file says, nor once nearby: 1, see skipped_answers.jsonl" in said
+    assert "questions that cannot be learned from: 1, see skipped_answers.jsonl" in said
+    skipped = (folder / "skipped_answers.jsonl").read_text("utf-8").splitlines()
+    assert [json.loads(line)["id"] for line in skipped] == ["0-0-0", "1-0-0"]
 
 
 @pytest.mark.parametrize(
@@ -417,7 +423,7 @@ def test_an_evaluation_says_what_it_cannot_use_and_reads_as_it_is_told(run, prep
     data = write(tmp_path / "data.json", articles)
     folder = run(**answering, output_dir=tmp_path / "answers", validation_file=data, n_best_size=2)
     said = capsys.readouterr().out
-    assert "1 answers are not where the file says, nor once nearby: skipped_answers.jsonl" in said
+    assert "answers that are not where the file says, nor once nearby: 1, see skipped_answers.jsonl" in said
     assert "questions cut to max_query_length: 1" in said
     (skipped,) = (folder / "skipped_answers.jsonl").read_text("utf-8").splitlines()
     assert json.loads(skipped)["id"] == "0-0-0"

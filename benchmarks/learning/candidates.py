@@ -80,12 +80,12 @@ def with_options(**options: Any) -> AbstractContextManager:
 
 
 class AdamWWithRates(Muon):
-    """AdamW, or with matrices Muon, whose groups multiply the learning rate by their `relative_rate`."""
+    """`Muon` (without matrices: AdamW) whose groups have `relative_rate` times the rate, and so times the decay."""
 
     def step(self, closure: None = None) -> None:
-        """As in `Muon`; the engine sets the rate anew before each step."""
+        """As in `Muon`."""
         for group in self.param_groups:
-            group["lr"] *= group["relative_rate"]
+            group["lr"] *= group["relative_rate"]  # of the rate that the engine sets anew before each step
         super().step()
 
 

@@ -1,4 +1,4 @@
-"""What each choice gains in short and in longer trainings: whether what wins in minutes still wins in an hour."""
+"""What each choice gains in short and in longer trainings: whether what wins in minutes still wins after them."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ LENGTHS = ("3 minutes", "a quarter of an hour", "an hour")
 
 
 class Comparison(NamedTuple):
-    """Two lines of a table that differ in one choice."""
+    """Two lines of a table: without the choice, and with it; each with the rate that is best for it."""
 
     table: str
     without: str
@@ -18,7 +18,8 @@ class Comparison(NamedTuple):
 
 
 LATE_DECAY = "decay in the last 20%"
-# A row of the table: the choice, and where it was tried, by the length of the training.
+
+# By choice and by the length of the training, where it was tried: each length has tables of its own.
 CHOICES: dict[str, dict[str, Comparison]] = {
     "a rate that is kept until the last fifth, not one that falls from the warm-up on": {
         "3 minutes": Comparison("learning_rate", "mixlm-mini", LATE_DECAY),
@@ -34,6 +35,9 @@ CHOICES: dict[str, dict[str, Comparison]] = {
     },
     "Muon": {
         "3 minutes": Comparison("optimizer", "mixlm-mini", "Muon, 2e-3"),
+    },
+    "Muon, where they begin so": {
+        "3 minutes": Comparison("embedding_rate", "token frequencies", "Muon, 2e-3"),
         "a quarter of an hour": Comparison("quarter_hour", "MixLM", "MixLM, Muon"),
         "an hour": Comparison("finalists", "MixLM", "MixLM, Muon"),
     },
@@ -55,21 +59,25 @@ CHOICES: dict[str, dict[str, Comparison]] = {
     },
     "MixLM, not BERT": {
         "3 minutes": Comparison("peers_decay", "BERT pre-LN, 0.001", "mixlm-mini"),
+        "a quarter of an hour": Comparison("pretrained", "BERT, SOP", "MixLM, SOP"),
         "an hour": Comparison("finalists", "BERT", "MixLM"),
     },
     "Switch, not BERT": {
         "3 minutes": Comparison("peers_decay", "BERT pre-LN, 0.001", "Switch, 0.0005"),
+        "a quarter of an hour": Comparison("pretrained", "BERT, SOP", "Switch, SOP"),
         "an hour": Comparison("finalists", "BERT", "Switch"),
     },
 }
 
 
 def gain_of(comparison: Comparison, results: Sequence[dict[str, Any]]) -> str:
-    """By how many nats the loss is lower, over the seeds that both lines have; nothing where they have none."""
+    """By how many nats the loss is lower, over the seeds that both lines have."""
     lines: dict[str, Line] = {line.name: line for line in lines_of(TABLES / f"{comparison.table}.jsonl", results)}
     without, chosen = lines[comparison.without].results, lines[comparison.chosen].results
     common = sorted(without.keys() & chosen.keys())
     gains = [loss_of(without[seed]) - loss_of(chosen[seed]) for seed in common]
+    if not gains:
+        return "not made yet"
     return spread(gains, sign="+", digits=2) + (" (1 seed)" if len(common) == 1 else "")
 
 

@@ -3,9 +3,10 @@
 
     python benchmarks/learning/report.py
 
-What stands in the page between `<!-- table: NAME -->` and `<!-- end -->` becomes the table of tables/NAME.jsonl,
-and behind `<!-- gains -->` that of gains.py. docs/learning.png becomes the curves of tables/finalists.jsonl,
-docs/growth.png those of tables/growth.jsonl, and docs/scaling.png what is fitted to tables/scaling.jsonl.
+What stands in the page between `<!-- table: NAME -->` and `<!-- end -->` becomes the table of tables/NAME.jsonl, and
+what stands between `<!-- gains -->` and `<!-- end -->` that of gains.py. docs/learning.png becomes the curves of
+tables/finalists.jsonl, docs/growth.png those of tables/growth.jsonl, and docs/scaling.png what is fitted to
+tables/scaling.jsonl.
 """
 
 import re

@@ -253,9 +253,11 @@ def _split(
 def _notes(data: ReadingData) -> list[str]:
     notes = []
     if data.repaired_answers:
-        notes.append(f"{data.repaired_answers:,} answers stood elsewhere in their context than the file says")
+        notes.append(f"answers that stood elsewhere in their context than the file says: {data.repaired_answers:,}")
     if data.skipped:
-        notes.append(f"{len(data.skipped):,} answers are not where the file says, nor once nearby: {SKIPPED_FILE}")
+        notes.append(
+            f"answers that are not where the file says, nor once nearby: {len(data.skipped):,}, see {SKIPPED_FILE}"
+        )
     return notes
 
 

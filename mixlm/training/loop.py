@@ -56,7 +56,7 @@ def changed_arguments(earlier: dict[str, Any], now: dict[str, Any]) -> dict[str,
         if name not in of_no_consequence
         and not name.startswith("hub_")
         and earlier.get(name) != value
-        and (value or name in earlier)  # what an older version did not know, it did without
+        and (value or name in earlier)  # what an older version did not have, and is off now, has not changed
     }
 
 

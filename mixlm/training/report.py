@@ -76,8 +76,8 @@ def plot_curves(runs: dict[str, Curves], out: Path) -> None:
     pyplot = _pyplot()
     expert_tags = sorted({tag for run in runs.values() for tag in run if tag.startswith("train/expert_")})
     panels = [*PANELS, ("share of tokens per expert, and dropped", (*expert_tags, "train/dropped_share"))]
-    drawn = {tag for run in runs.values() for tag in _telling(run)}
-    panels = [(title, tags) for title, tags in panels if drawn.intersection(tags)]
+    telling = {tag for run in runs.values() for tag in _telling(run)}
+    panels = [(title, tags) for title, tags in panels if telling.intersection(tags)]
     if not panels:
         raise UserError(
             f"{', '.join(runs)}: no curve of a training there, only {', '.join(next(iter(runs.values())))}"
@@ -107,7 +107,7 @@ def plot_curves(runs: dict[str, Curves], out: Path) -> None:
 
 
 def _telling(run: Curves) -> set[str]:
-    """The tags whose curves are not 0 throughout, nor the total of a single loss, which is that loss once more."""
+    """Tags worth a panel: what is not 0 throughout, and the total only where it is the sum of several losses."""
     tags = {tag for tag, points in run.items() if any(value for _, value in points)}
     losses = [tag for tag in tags if tag.startswith("train/") and tag.endswith("_loss")]
     return tags - {"train/loss"} if len(losses) == 1 else tags

@@ -56,22 +56,28 @@ def test_the_curves_of_a_real_run_make_a_picture(make_arguments, run_training, t
 @pytest.mark.parametrize(
     ("losses", "expected"),
     [
-        ({"reading": 2.0, "aux": 0.0}, ["reading: loss (nats)"]),
+        ([{"reading": 2.0, "aux": 0.0}], ["reading: loss (nats)"]),
+        ([{"reading": 2.0, "aux": 1.0}], ["total loss (nats)", "reading: loss (nats)", "router losses"]),
         (
-            {"mlm": 2.0, "sop": 1.0},
-            ["masked tokens: loss (nats)", "total loss (nats)", "second objective: loss (nats)"],
+            [{"mlm": 2.0}, {"mlm": 2.0, "aux": 1.0}],
+            ["masked tokens: loss (nats)", "total loss (nats)", "router losses"],
         ),
-        ({"reading": 2.0, "aux": 1.0}, ["total loss (nats)", "reading: loss (nats)", "router losses"]),
     ],
 )
-def test_the_total_is_drawn_where_it_has_parts(tmp_path, monkeypatch, losses, expected):
+def test_the_total_is_drawn_where_a_run_has_several_losses(tmp_path, monkeypatch, losses, expected):
     pytest.importorskip("matplotlib")
     titles = []
     monkeypatch.setattr(
         report, "_save", lambda figure, *rest: titles.extend(axis.get_title() for axis in figure.axes if axis.lines)
     )
-    curves = {f"train/{name}_loss": [(1, value)] for name, value in losses.items()}
-    plot_curves({"run": {"train/loss": [(1, sum(losses.values()))], **curves}}, tmp_path / "picture.png")
+    runs = {
+        f"run {number}": {
+            "train/loss": [(1, sum(of_run.values()))],
+            **{f"train/{name}_loss": [(1, value)] for name, value in of_run.items()},
+        }
+        for number, of_run in enumerate(losses)
+    }
+    plot_curves(runs, tmp_path / "picture.png")
     assert titles == expected
 
 
