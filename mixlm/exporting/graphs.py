@@ -102,7 +102,7 @@ def write_graph(model: PreTrainedModel, graph: Graph, file: Path) -> None:
 
 
 def write_int8(source: Path, file: Path) -> None:
-    """Write a graph in 8 bits: weights beforehand, activations as they come.
+    """Write a graph in 8 bits: weights beforehand (with 7 of them), activations as they come.
 
     Args:
         source: the graph in 32 bits.
@@ -117,7 +117,7 @@ def write_int8(source: Path, file: Path) -> None:
     with _quiet():
         # Weights that are parts of others, as those of experts are, become weights of their own.
         preparation.quant_pre_process(source, prepared, skip_symbolic_shape=True)
-        # 7 bits: with 8, processors without VNNI instructions overflow the 16 bits in which pairs of products are added.
+        # Weights of 7 bits: processors without VNNI add pairs of products in 16 bits, which 8 would overflow.
         quantization.quantize_dynamic(
             prepared, file, op_types_to_quantize=QUANTIZED, per_channel=True, reduce_range=True
         )
