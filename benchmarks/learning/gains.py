@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from lines import Line, lines_of, loss_of, spread
+from lines import difference, lines_of
 from study import TABLES
 
 LENGTHS = ("3 minutes", "a quarter of an hour", "an hour")
@@ -72,13 +72,9 @@ CHOICES: dict[str, dict[str, Comparison]] = {
 
 def gain_of(comparison: Comparison, results: Sequence[dict[str, Any]]) -> str:
     """By how many nats the loss is lower, over the seeds that both lines have."""
-    lines: dict[str, Line] = {line.name: line for line in lines_of(TABLES / f"{comparison.table}.jsonl", results)}
-    without, chosen = lines[comparison.without].results, lines[comparison.chosen].results
-    common = sorted(without.keys() & chosen.keys())
-    gains = [loss_of(without[seed]) - loss_of(chosen[seed]) for seed in common]
-    if not gains:
-        return "not made yet"
-    return spread(gains, sign="+", digits=2) + (" (1 seed)" if len(common) == 1 else "")
+    lines = {line.name: line for line in lines_of(TABLES / f"{comparison.table}.jsonl", results)}
+    without, chosen = lines[comparison.without], lines[comparison.chosen]
+    return difference(chosen, without, sign=-1, digits=2) or "not made yet"
 
 
 def rows_of_gains(results: Sequence[dict[str, Any]]) -> list[dict[str, str]]:

@@ -18,7 +18,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from gains import rows_of_gains
-from lines import Line, beginning_of_row, grid, lines_of, loss_of, spread
+from lines import Line, beginning_of_row, difference, grid, lines_of, loss_of, spread
 from scaling import draw_scaling, rows_of_laws, rows_of_runs, save
 from study import FOLDER, RESULTS, TABLES, read_results
 
@@ -77,9 +77,6 @@ def rows_of_pretraining(lines: Sequence[Line]) -> list[dict[str, Any]]:
     rows = []
     for line in lines:
         results = list(line.results.values())
-        common = [seed for seed in line.results if seed in base.results and line is not base]
-        differences = [compared(line.results[seed]) - compared(base.results[seed]) for seed in common]
-        one_seed = " (1 seed)" if len(common) == 1 else ""
         second = [result["metrics"].get("sop_accuracy", result["metrics"].get("ict_recall@1")) for result in results]
         tokens = statistics.mean(result["curve"][-1]["tokens"] for result in results)
         row = {**beginning_of_row(line), "tokens seen": f"{tokens / 1000:,.0f}k"}
@@ -87,7 +84,7 @@ def rows_of_pretraining(lines: Sequence[Line]) -> list[dict[str, Any]]:
         if compared is loss_per_character:
             row["characters per token"] = f"{results[0]['characters_per_token']:.2f}"
             row["nats per character"] = spread(map(loss_per_character, results))
-        row[f"difference to {base.name}"] = spread(differences, sign="+") + one_seed
+        row[f"difference to {base.name}"] = "" if line is base else difference(line, base, compared)
         row["accuracy"] = f"{100 * statistics.mean(result['metrics']['mlm_accuracy'] for result in results):.1f}%"
         row["second objective"] = f"{100 * statistics.mean(second):.1f}%"
         rows.append(row)

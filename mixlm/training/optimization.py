@@ -66,13 +66,18 @@ class OptimizerSettings(NamedTuple):
         return self.optimizer_class(self.groups(model), **self.options)
 
 
+def tables_of(model: nn.Module) -> set[nn.Parameter]:
+    """The weights of all embeddings: a row for each token, position or type."""
+    return {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+
+
 def matrices_of(model: nn.Module) -> dict[nn.Parameter, tuple[int, int, int]]:
     """What Muon updates: the weights of the encoders' layers, and their shape as matrices, (how many, rows, columns).
 
     A linear layer is one matrix, a convolution one for each of its groups, and stacked experts one each. Embeddings
     and heads are not among them: their rows are tokens and classes, each for itself.
     """
-    tables = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+    tables = tables_of(model)
     towers = [model.base_model, getattr(model, "context_encoder", None)]  # a retriever can have two
     matrices = {}
     for module in (module for tower in towers if tower is not None for module in tower.modules()):
