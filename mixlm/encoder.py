@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForTextEncoding, PreTrainedModel, PreTrainedTokenizerFast
 
 from .configuration import MixLMConfig, MixLMSwitchConfig
@@ -17,6 +16,7 @@ from .data.passages import Passage
 from .data.retrieval import EncodedTexts, RetrievalTokenizer
 from .errors import UserError
 from .loading import StoredSettings, hash_of_weights, loading, require_room, require_vocabulary
+from .progress import progress_bar
 from .tokenization import load_tokenizer
 
 MODEL_TYPES = (MixLMConfig.model_type, MixLMSwitchConfig.model_type)
@@ -78,7 +78,7 @@ def vectors_by_number(
     prefix, output = ("context_", "context_embeddings") if are_passages else ("", "embeddings")
     batches = evaluation_batches(texts, rows, pad_token_id, rank, ranks)
     total = -(-len(texts) // (rows * ranks))
-    for batch, counts in tqdm(batches, desc="encoding", total=total, leave=False, disable=rank > 0, delay=2):
+    for batch, counts in progress_bar(batches, desc="encoding", total=total, leave=False, is_shown=rank == 0):
         inputs = {prefix + name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
         outputs = getattr(model(**inputs), output)
         if counts:

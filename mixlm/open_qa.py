@@ -15,13 +15,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-from tqdm import tqdm
-
 from .data.passages import Passage
 from .data.reading import Reading
 from .data.squad import ReadingExample
 from .errors import UserError
 from .loading import hash_of_weights
+from .progress import progress_bar
 from .reader import MixLMReader
 from .retrieval.fusion import normalised
 from .retrieval.hits import Find, Found
@@ -143,7 +142,7 @@ class OpenQA:
 
     def read(self, questions: Sequence[str]) -> Iterator[ReadPassages]:
         """What is found and read for each question."""
-        with tqdm(desc="answering", total=len(questions), unit=" questions", delay=2, disable=None) as progress:
+        with progress_bar(desc="answering", total=len(questions), unit=" questions") as progress:
             for first in range(0, len(questions), _QUESTIONS_AT_ONCE):
                 asked = questions[first : first + _QUESTIONS_AT_ONCE]
                 yield from self._read(asked, list(self.find(asked, self.top_k)))

@@ -27,12 +27,12 @@ from torch.utils.flop_counter import (
     sdpa_flop_count,
     shape_wrapper,
 )
-from tqdm import tqdm
 from transformers import AutoConfig, AutoModel, AutoModelForPreTraining, PreTrainedConfig, PreTrainedModel
 
 from .configuration import MixLMConfig, MixLMSwitchConfig, read_config
 from .errors import UserError
 from .heads import IGNORE
+from .progress import progress_bar
 from .training.optimization import OptimizerSettings
 
 BERT_MASKED_SHARE = 0.15  # what benchmarks are measured with
@@ -227,7 +227,7 @@ def profile_step(step: Step, steps: int) -> Profile:
         steps: how many to time, and how many to run under the profiler.
     """
     device = step.model.device
-    with tqdm(desc="profiling", total=2 * steps + 4, unit=" steps", delay=2, leave=False, disable=None) as progress:
+    with progress_bar(desc="profiling", total=2 * steps + 4, unit=" steps", leave=False) as progress:
 
         def done(result: Any) -> Any:
             progress.update()

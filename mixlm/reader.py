@@ -13,7 +13,6 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 from transformers import AutoModelForQuestionAnswering, PreTrainedModel, PreTrainedTokenizerFast
 
 import mixlm  # noqa: F401  whose models the Auto classes know from now on
@@ -24,6 +23,7 @@ from .data.reading import Reading, ReadingWindows, read_answers
 from .data.squad import ReadingExample
 from .errors import UserError
 from .loading import StoredSettings, loading, require_room, require_vocabulary
+from .progress import progress_bar
 from .tokenization import load_tokenizer
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
@@ -106,7 +106,7 @@ def scores_by_window(
     """
     batches = evaluation_batches(windows, rows, pad_token_id, rank, ranks)
     total = -(-len(windows) // (rows * ranks))
-    for batch, counts in tqdm(batches, desc="reading", total=total, leave=False, disable=rank > 0, delay=2):
+    for batch, counts in progress_bar(batches, desc="reading", total=total, leave=False, is_shown=rank == 0):
         outputs = model(**{name: batch[name].to(device) for name in INPUTS})
         if counts:
             starts, ends = (logits.float().cpu().numpy() for logits in (outputs.start_logits, outputs.end_logits))

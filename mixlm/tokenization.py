@@ -27,11 +27,11 @@ from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from .data.squad import Answer, SkippedAnswer, read_squad
 from .errors import UserError, one_line
+from .progress import progress_bar
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 CONTINUING_PREFIX = "##"
@@ -134,7 +134,7 @@ def train_tokenizer(
         lowercase: fold case.
         min_frequency: two tokens are merged into one if they stand side by side at least this often.
         total: the number of sentences, if known, for the progress bar.
-        show_progress: show a bar while reading, and the trainer's own bars; on a terminal only.
+        show_progress: show a bar while reading, and on a terminal the trainer's own bars.
 
     Returns:
         The tokenizer, with [PAD] [UNK] [CLS] [SEP] [MASK] at ids 0 to 4.
@@ -153,9 +153,9 @@ def train_tokenizer(
         return [word for word, _ in pre_tokenizer.pre_tokenize_str(normalizer.normalize_str(text))]
 
     normalizer, pre_tokenizer = _normalizer(lowercase), pre_tokenizers.BertPreTokenizer()
-    # Where nobody watches, tqdm would fill a log file and the trainer's bars would leave blank lines on stdout.
-    show_progress = show_progress and sys.stderr.isatty()
-    progress = tqdm(sentences, "read", total, unit=" sentences", unit_scale=True, disable=not show_progress)
+    progress = progress_bar(
+        sentences, desc="read", total=total, unit=" sentences", unit_scale=True, is_shown=show_progress
+    )
     word_counts = _count_words(progress, split_into_words)
     if not word_counts:
         raise UserError("cannot train a tokenizer: the corpus holds no text")
@@ -176,7 +176,8 @@ def train_tokenizer(
         special_tokens=list(SPECIAL_TOKENS),
         initial_alphabet=alphabet,
         limit_alphabet=len(alphabet),
-        show_progress=show_progress,
+        # The trainer's own bars leave blank lines in a log.
+        show_progress=show_progress and sys.stderr.isatty(),
     )
     learner = Tokenizer(models.BPE())
     learner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -475,7 +476,7 @@ def tokenizer_report(
     """
     backend = _of_whole_texts(tokenizer)
     sentence_count = eojeols = characters = tokens = unknown_tokens = 0
-    with tqdm(desc="sentences", unit=" sentences", unit_scale=True, delay=2, disable=None) as progress:
+    with progress_bar(desc="sentences", unit=" sentences", unit_scale=True) as progress:
         for batch in _batches(sentences):
             sentence_count += len(batch)
             for sentence in batch:
@@ -525,7 +526,7 @@ def answers_on_token_borders(
         answers_of[context].add(answer)
     backend = _of_whole_texts(tokenizer)
     on_borders = set()
-    with tqdm(desc="contexts", unit=" contexts", delay=2, disable=None) as progress:
+    with progress_bar(desc="contexts", unit=" contexts") as progress:
         for batch in _batches(answers_of.items()):
             encodings = backend.encode_batch([context for context, _ in batch], add_special_tokens=False)
             for (context, golds), encoding in zip(batch, encodings, strict=True):

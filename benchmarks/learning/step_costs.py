@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 from metering import time_steps
 from study import BUDGETS, key_of, prepare_tokenizer, read_table
-from tqdm import tqdm
 from train_one import train_first_steps
 
 from mixlm.errors import UserError, exits_on_user_error
+from mixlm.progress import progress_bar
 from mixlm.tokenization import load_tokenizer
 
 
@@ -47,7 +47,7 @@ def main() -> None:
     if not lines:
         raise UserError(f"{', '.join(map(str, arguments.tables))}: no line of pretraining without stages")
     seconds: dict[str, list[float]] = {key: [] for key in lines}
-    with tqdm(total=arguments.rounds * len(lines), unit="line", desc="timing") as progress:
+    with progress_bar(total=arguments.rounds * len(lines), unit="line", desc="timing", delay=0) as progress:
         for _ in range(arguments.rounds):
             for key, line in lines.items():
                 tokenizer = prepare_tokenizer(arguments.corpus_path, line["vocabulary"], work)

@@ -34,10 +34,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from mixlm.data.corpus import read_documents
 from mixlm.errors import UserError, exits_on_user_error
+from mixlm.progress import progress_bar
 from mixlm.tokenization import train_tokenizer
 
 FOLDER = Path(__file__).resolve().parent
@@ -220,7 +219,8 @@ def main() -> None:
     for vocabulary in sorted({run["vocabulary"] for run in due}):
         prepare_tokenizer(arguments.corpus_path, vocabulary, work)
     failed = 0
-    with ThreadPoolExecutor(arguments.at_once) as pool, tqdm(total=len(due), unit="run", desc="study") as progress:
+    bar = progress_bar(total=len(due), unit="run", desc="study", delay=0)
+    with ThreadPoolExecutor(arguments.at_once) as pool, bar as progress:
         # What is fine-tuned must have been pretrained.
         for part in ([run for run in due if not run["task"]], [run for run in due if run["task"]]):
             makings = pool.map(lambda run: make(run, paths, work, arguments.results), part)

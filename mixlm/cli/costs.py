@@ -159,11 +159,11 @@ def plan_verb(arguments: argparse.Namespace) -> None:
             raise UserError(f"--{option} {value}: must be from {least} to {most:,}")
     _require_masked_share(arguments)
     import torch
-    from tqdm import tqdm
 
     from ..configuration import read_config
     from ..planning import Setting, make_plans
     from ..probing import probe, why_no_probe
+    from ..progress import progress_bar
     from ..training.batch_size import MARGIN
     from ..training.memory import MemoryMeter, parse_memory
 
@@ -199,7 +199,7 @@ def plan_verb(arguments: argparse.Namespace) -> None:
         setting.training_arguments(model_name="planned")  # refuses what a training would
     speeds: list[float | None] = []
     reasons: list[str] = []
-    with tqdm(desc="planning", total=2 * len(settings), delay=2, leave=False, disable=None) as progress:
+    with progress_bar(desc="planning", total=2 * len(settings), leave=False) as progress:
         plans = []
         for plan in make_plans(config, length, settings, arguments.train_batch_size, budget):
             plans.append(plan)

@@ -5,9 +5,8 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from tqdm import tqdm
-
 from ..errors import UserError
+from ..progress import progress_bar
 from .finding import (
     add_index_arguments,
     add_mode_argument,
@@ -65,7 +64,7 @@ def mine_verb(arguments: argparse.Namespace) -> None:
         examples = select_articles(examples, arguments.articles)
     index = open_indexes(arguments)
     found = open_find(index, arguments)([example.question for example in examples], arguments.depth)
-    progress = tqdm(found, desc="mining", total=len(examples), unit=" questions", delay=2)
+    progress = progress_bar(found, desc="mining", total=len(examples), unit=" questions")
     counts: Counter[int] = Counter()
 
     def lines():

@@ -137,10 +137,9 @@ def search_verb(arguments: argparse.Namespace) -> None:
         raise UserError(f"--out {out}: no such folder; make it first")
     if out is not None:
         require_outside(out, "queries", arguments.queries)
-    from tqdm import tqdm
-
     from ..data.text_files import plain_suffix, write_text
     from ..evaluation.retrieval_files import read_queries, require_words, write_run
+    from ..progress import progress_bar
 
     if out is not None and plain_suffix(out) == ".json":
         raise UserError(f"--out {out}: as JSON, hits are written a question a line; name it .jsonl")
@@ -156,7 +155,7 @@ def search_verb(arguments: argparse.Namespace) -> None:
     if out is None:
         _print(index, arguments.query, next(found), arguments.json)
         return
-    progress = tqdm(found, desc="searching", total=len(queries), unit=" questions", delay=2)
+    progress = progress_bar(found, desc="searching", total=len(queries), unit=" questions")
     answered: Counter[bool | None] = Counter()
 
     def of_queries() -> "Iterator[tuple[str, Found]]":

@@ -10,6 +10,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from mixlm.data.corpus import corpus_files
+from mixlm.progress import progress_bar
 
 # A file that was written a moment ago can be written again without a change of its time: its hash is not remembered.
 SETTLED_AFTER_NS = 2_000_000_000
@@ -43,7 +44,7 @@ def content_hashes(stamps: Stamps, cache_dir: Path) -> list[str]:
             known = _remembered(memory, stamps)
             unknown = [file for file in stamps if file not in known]
             size = sum(stamps[file][0] for file in unknown)
-            with tqdm(desc="hashing the corpus", total=size, unit="B", unit_scale=True, delay=5) as progress:
+            with progress_bar(desc="hashing the corpus", total=size, unit="B", unit_scale=True) as progress:
                 known.update((file, hash_file(file, progress)) for file in unknown)
             _remember(memory, stamps, known)
     return [known[file] for file in stamps]

@@ -10,12 +10,12 @@ from typing import NamedTuple
 import numpy as np
 from tokenizers import Tokenizer
 from torch.utils.data import Dataset
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from mixlm.data.particles import end_without_particles
 from mixlm.data.squad import ReadingExample, SkippedAnswer
 from mixlm.errors import UserError
+from mixlm.progress import progress_bar
 
 SPECIAL_TOKENS_PER_WINDOW = 3  # [CLS] question [SEP] context [SEP]
 NO_ANSWER_POSITION = 0  # of [CLS]
@@ -342,7 +342,7 @@ def read_answers(
     Raises:
         UserError: as `best_spans`.
     """
-    examples = tqdm(windows.examples, desc="choosing answers", unit=" questions", leave=False, delay=2, disable=None)
+    examples = progress_bar(windows.examples, desc="choosing answers", unit=" questions", leave=False)
     for index, example in enumerate(examples):
         of_example = windows.windows_of(index)
         own = slice(of_example[0].number, of_example[-1].number + 1)
@@ -406,7 +406,7 @@ def _encode(backend: Tokenizer, texts: Sequence[str], unit: str) -> dict[str, tu
     """Ids [tokens] and offsets [tokens, 2] of each text, without special tokens. Each text is encoded once."""
     distinct = list(dict.fromkeys(texts))
     encoded = {}
-    with tqdm(desc=f"tokenizing {unit}", total=len(distinct), unit=f" {unit}", delay=2, disable=None) as progress:
+    with progress_bar(desc=f"tokenizing {unit}", total=len(distinct), unit=f" {unit}") as progress:
         for first in range(0, len(distinct), ENCODE_BATCH):
             batch = distinct[first : first + ENCODE_BATCH]
             for text, encoding in zip(batch, backend.encode_batch(batch, add_special_tokens=False), strict=True):

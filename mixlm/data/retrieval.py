@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 from torch.utils.data import Dataset
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from mixlm.data.examples import InverseClozeExamples
@@ -17,6 +16,7 @@ from mixlm.data.json_lines import read_json_lines
 from mixlm.data.passages import Passage
 from mixlm.data.squad import ReadingExample
 from mixlm.errors import UserError, one_line
+from mixlm.progress import progress_bar
 
 ENCODE_BATCH = 1000  # texts that are tokenized at once
 EMPTY_PASSAGE = -1  # the number of the passage without text, to which unanswerable questions belong
@@ -87,7 +87,7 @@ class RetrievalTokenizer:
 
     def _encode(self, texts: Sequence[str], unit: str) -> list[list[int]]:
         encoded: list[list[int]] = []
-        with tqdm(desc=f"tokenizing {unit}", total=len(texts), unit=f" {unit}", delay=2, disable=None) as progress:
+        with progress_bar(desc=f"tokenizing {unit}", total=len(texts), unit=f" {unit}") as progress:
             for first in range(0, len(texts), ENCODE_BATCH):
                 batch = list(texts[first : first + ENCODE_BATCH])
                 encoded += [

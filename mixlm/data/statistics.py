@@ -14,12 +14,12 @@ from os import PathLike, fspath
 
 import numpy as np
 from tokenizers import Tokenizer
-from tqdm import tqdm
 
 from mixlm.data.batching import scramble
 from mixlm.data.corpus import Document
 from mixlm.data.squad import read_squad
 from mixlm.errors import UserError
+from mixlm.progress import progress_bar
 
 DOCUMENTS_AT_ONCE = 100  # that are tokenized together
 
@@ -145,7 +145,7 @@ def corpus_statistics(
     if tokenizer is not None:
         lengths |= {"tokens of a sentence": _Lengths(), "tokens of a document": _Lengths()}
     exact, similar, sentence_hashes = _Hashes(), _Hashes(), _Hashes()
-    progress = tqdm(documents, desc="reading the corpus", unit=" documents", delay=2, disable=None)
+    progress = progress_bar(documents, desc="reading the corpus", unit=" documents")
     for batch in _batches(progress, DOCUMENTS_AT_ONCE):
         for document in batch:
             sentences = document.sentences

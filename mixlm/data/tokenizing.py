@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 from tokenizers import Encoding, Tokenizer
-from tqdm import tqdm
 
 from mixlm.data.columns import ArrowColumnWriter
 from mixlm.data.corpus import Document
+from mixlm.progress import progress_bar
 
 SENTENCES_PER_CHUNK = 1000  # that are tokenized at once: enough to keep all cores busy
 
@@ -41,7 +41,7 @@ def tokenize_documents(
         ArrowColumnWriter(folder / "tokens.arrow", np.min_scalar_type(vocab_size - 1)) as tokens,
         ArrowColumnWriter(folder / "sentences.arrow", np.dtype(np.int64)) as sentence_offsets,
         ArrowColumnWriter(folder / "documents.arrow", np.dtype(np.int64)) as document_offsets,
-        tqdm(desc="tokenizing the corpus", unit=" sentences", unit_scale=True) as progress,
+        progress_bar(desc="tokenizing the corpus", unit=" sentences", unit_scale=True) as progress,
     ):
         for chunk, encodings in _encode_ahead(tokenizer, numbered_texts):
             sentences: list[list[int]] = []

@@ -19,7 +19,6 @@ from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from .. import __version__
 from ..data.hashing import hash_file
@@ -27,6 +26,7 @@ from ..data.packages import required
 from ..data.passages import Passage
 from ..errors import UserError, file_error, one_line
 from ..files import partial_name, require_inside, whole_folder
+from ..progress import progress_bar
 from .analysers import ANALYSERS, Analyser
 from .hits import Found
 from .lexical import K1, B, LexicalIndex
@@ -132,7 +132,7 @@ def build_index(
     dense_index = _dense_index() if vectors is not None else None
     try:
         with whole_folder(out) as partial:
-            reading = tqdm(passages, desc="reading passages", unit=" passages", delay=2)
+            reading = progress_bar(passages, desc="reading passages", unit=" passages")
             count, passages_hash = write_passages(partial / _PASSAGES, reading)
             if not count:
                 raise UserError("there is no passage; give at least one")
@@ -224,7 +224,7 @@ def _change_of(out: Path, vectors: "StoredVectors", kind: str) -> _Change | None
     rows = np.full(len(earlier.dense.vectors), -1, dtype=np.int64)
     added_rows, added, first = [], [np.empty((0, vectors.dimension), np.float32)], 0
     passages = iter(vectors.passages())
-    for shard in tqdm(vectors.shards(), desc="comparing vectors", unit=" shards", delay=2):
+    for shard in progress_bar(vectors.shards(), desc="comparing vectors", unit=" shards"):
         found = np.asarray(shard, dtype=np.float32)
         row_before = np.array([row_of_id.get(passage.id, -1) for passage in islice(passages, len(found))])
         is_kept = row_before >= 0
@@ -297,5 +297,5 @@ def _hashes(folder: Path, names: Iterable[str]) -> dict[str, str]:
     """Hash of the content of each file, by its name in the folder."""
     files = {name: folder / name for name in names}
     size = sum(file.stat().st_size for file in files.values())
-    with tqdm(desc="checking the index", total=size, unit="B", unit_scale=True, delay=2) as progress:
+    with progress_bar(desc="checking the index", total=size, unit="B", unit_scale=True) as progress:
         return {name: hash_file(file, progress) for name, file in files.items()}

@@ -23,10 +23,10 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from ..data.packages import required
 from ..errors import UserError, one_line
+from ..progress import progress_bar
 from .hits import PassageHit, Precedence, best_hits, smaller_row
 
 faiss = required("faiss")
@@ -82,7 +82,7 @@ class DenseIndex:
             UserError: they are too few for the kind.
         """
         index = None
-        for shard in tqdm(shards, desc="indexing vectors", unit=" shards", delay=2):
+        for shard in progress_bar(shards, desc="indexing vectors", unit=" shards"):
             if index is None:
                 index = _new_hnsw(shard.shape[1]) if kind == "hnsw" else faiss.IndexFlatIP(shard.shape[1])
             index.add(np.ascontiguousarray(shard, dtype=np.float32))

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from tqdm import tqdm
 
 from ..data.packages import required
 from ..errors import UserError
+from ..progress import progress_bar
 from .analysers import Analyser
 from .hits import PassageHit, Precedence, best_hits, smaller_row
 from .passages import StoredPassages
@@ -57,7 +57,7 @@ class LexicalIndex:
         bm25 = required("bm25s").BM25(k1=K1, b=B, method="lucene")
         numbers: dict[str, int] = {}  # of terms, in the order of their first occurrence: the same at every build
         terms_of_passages = []
-        for passage in tqdm(passages, desc="taking passages apart", unit=" passages", delay=2):
+        for passage in progress_bar(passages, desc="taking passages apart", unit=" passages"):
             terms = analyser.terms(f"{passage.title} {passage.text}")
             terms_of_passages.append(array("i", [numbers.setdefault(term, len(numbers)) for term in terms]))
         if not numbers:

@@ -39,6 +39,7 @@ from ..data.passages import Passage
 from ..encoder import MixLMEncoder
 from ..errors import UserError, file_error, is_out_of_memory, one_line
 from ..files import require_inside, whole_folder
+from ..progress import progress_bar
 from .manifest import read_manifest, write_manifest
 from .passages import StoredPassages, write_passages
 
@@ -134,7 +135,7 @@ def encode_passages(
         names, count = [], 0
         with (
             _encoding_processes(processes, model, batch_size) as pool,
-            tqdm(desc="encoding passages", unit=" passages", unit_scale=True, delay=2) as progress,
+            progress_bar(desc="encoding passages", unit=" passages", unit_scale=True) as progress,
         ):
             due: deque[_DueShard] = deque()
             for of_shard in _cut(passages, passages_per_shard):

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from tqdm import tqdm
 
 from ..heads import IGNORE
+from ..progress import progress_bar
 from .objectives import Batch, gather_rows
 from .sharding import Engine
 
@@ -47,8 +47,7 @@ def evaluate_pretraining(
     sums = torch.zeros(6, dtype=torch.float64)  # loss, unigram loss, correct, tokens, sentence orders correct, of
     examples = 0
     queries, contexts = [], []
-    is_hidden = not accelerator.is_main_process
-    for batch, counts in tqdm(batches, desc="evaluating", leave=False, disable=is_hidden, delay=2):
+    for batch, counts in progress_bar(batches, desc="evaluating", leave=False, is_shown=accelerator.is_main_process):
         batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
         outputs = engine(**batch)
         if not counts:

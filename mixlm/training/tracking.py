@@ -5,8 +5,8 @@ import time
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from tqdm import tqdm
 
+from ..progress import progress_bar
 from .objectives import Term
 
 
@@ -23,12 +23,13 @@ class Progress:
 
     def __init__(self, accelerator: Accelerator, total_steps: int, first_step: int):
         self.accelerator = accelerator
-        self.bar = tqdm(
+        self.bar = progress_bar(
             total=total_steps,
             initial=first_step,
             desc="training",
             unit="step",
-            disable=not accelerator.is_main_process,
+            is_shown=accelerator.is_main_process,
+            delay=0,
             dynamic_ncols=True,
             # No drawn bar: at 120 columns the numbers would be cut off.
             bar_format="{desc} {percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",

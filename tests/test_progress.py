@@ -1,0 +1,83 @@
+"""Progress bars: drawn over on a terminal, lines now and then in a log."""
+
+import sys
+
+import pytest
+
+from mixlm import progress
+from mixlm.progress import progress_bar
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds that pass when the test says so."""
+
+    class Clock:
+        now = 0.0
+
+        def monotonic(self) -> float:
+            return self.now
+
+    monkeypatch.setattr(progress, "time", Clock())
+    return progress.time
+
+
+def go(seconds_per_turn: float, clock, **options) -> None:
+    with progress_bar(total=10, desc="turning", delay=0, mininterval=0, **options) as bar:
+        for _ in range(10):
+            clock.now += seconds_per_turn
+            bar.update()
+
+
+def done_in(log: str) -> list[str]:
+    return [line.split(" [")[0].split("| ")[1] for line in log.splitlines()]
+
+
+def test_a_log_gets_a_line_every_half_minute_and_the_last(capsys, clock):
+    go(7, clock)
+    log = capsys.readouterr().err
+    assert done_in(log) == ["5/10", "10/10"]
+    assert "\r" not in log and log.endswith("\n")
+
+
+def test_the_last_state_is_written_once(capsys, clock):
+    go(30, clock)
+    assert done_in(capsys.readouterr().err) == [f"{turn}/10" for turn in range(1, 11)]
+
+
+def test_what_was_short_leaves_its_last_state_alone(capsys, clock):
+    go(0.1, clock)
+    assert done_in(capsys.readouterr().err) == ["10/10"]
+
+
+@pytest.mark.parametrize("options", [{"leave": False}, {"is_shown": False}])
+def test_a_bar_that_does_not_stay_or_is_not_shown_leaves_nothing_of_a_short_time(capsys, clock, options):
+    go(0.1, clock, **options)
+    assert capsys.readouterr().err == ""
+
+
+def test_bars_within_bars_write_whole_lines(capsys, clock):
+    for _ in progress_bar(range(2), desc="outer", delay=0, mininterval=0):
+        clock.now += 40
+        go(7, clock, leave=False)
+    lines = capsys.readouterr().err.splitlines()
+    assert all(line.startswith(("outer: ", "turning: ")) for line in lines) and len(lines) == 6, lines
+
+
+def test_nothing_is_shown_of_less_than_two_seconds(capsys):
+    for _ in progress_bar(range(3), mininterval=0):
+        pass
+    assert capsys.readouterr().err == ""
+
+
+def test_a_terminal_is_drawn_over(capsys, clock, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    go(0.1, clock)
+    drawn = capsys.readouterr().err
+    assert drawn.count("\r") > 10 and drawn.count("\n") == 1
+
+
+def test_a_notebook_is_drawn_over(capsys, clock, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ipykernel", None)
+    go(0.1, clock)
+    assert capsys.readouterr().err.count("\r") > 10
