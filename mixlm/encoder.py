@@ -78,7 +78,7 @@ def vectors_by_number(
     prefix, output = ("context_", "context_embeddings") if are_passages else ("", "embeddings")
     batches = evaluation_batches(texts, rows, pad_token_id, rank, ranks)
     total = -(-len(texts) // (rows * ranks))
-    for batch, counts in progress_bar(batches, desc="encoding", total=total, leave=False, is_shown=rank == 0):
+    for batch, counts in progress_bar(batches, desc="encoding", total=total, leave=False):
         inputs = {prefix + name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
         outputs = getattr(model(**inputs), output)
         if counts:

@@ -106,7 +106,7 @@ def scores_by_window(
     """
     batches = evaluation_batches(windows, rows, pad_token_id, rank, ranks)
     total = -(-len(windows) // (rows * ranks))
-    for batch, counts in progress_bar(batches, desc="reading", total=total, leave=False, is_shown=rank == 0):
+    for batch, counts in progress_bar(batches, desc="reading", total=total, leave=False):
         outputs = model(**{name: batch[name].to(device) for name in INPUTS})
         if counts:
             starts, ends = (logits.float().cpu().numpy() for logits in (outputs.start_logits, outputs.end_logits))

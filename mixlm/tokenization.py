@@ -17,7 +17,6 @@ What happens to text before it is cut, and what does not:
 """
 
 import math
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from .data.squad import Answer, SkippedAnswer, read_squad
 from .errors import UserError, one_line
-from .progress import progress_bar
+from .progress import draws_over, progress_bar
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 CONTINUING_PREFIX = "##"
@@ -153,10 +152,9 @@ def train_tokenizer(
         return [word for word, _ in pre_tokenizer.pre_tokenize_str(normalizer.normalize_str(text))]
 
     normalizer, pre_tokenizer = _normalizer(lowercase), pre_tokenizers.BertPreTokenizer()
-    progress = progress_bar(
-        sentences, desc="read", total=total, unit=" sentences", unit_scale=True, is_shown=show_progress
-    )
-    word_counts = _count_words(progress, split_into_words)
+    if show_progress:
+        sentences = progress_bar(sentences, desc="reading the corpus", total=total, unit=" sentences", unit_scale=True)
+    word_counts = _count_words(sentences, split_into_words)
     if not word_counts:
         raise UserError("cannot train a tokenizer: the corpus holds no text")
 
@@ -176,8 +174,7 @@ def train_tokenizer(
         special_tokens=list(SPECIAL_TOKENS),
         initial_alphabet=alphabet,
         limit_alphabet=len(alphabet),
-        # The trainer's own bars leave blank lines in a log.
-        show_progress=show_progress and sys.stderr.isatty(),
+        show_progress=show_progress and draws_over(),  # the trainer's own bars leave blank lines in a log
     )
     learner = Tokenizer(models.BPE())
     learner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -476,7 +473,7 @@ def tokenizer_report(
     """
     backend = _of_whole_texts(tokenizer)
     sentence_count = eojeols = characters = tokens = unknown_tokens = 0
-    with progress_bar(desc="sentences", unit=" sentences", unit_scale=True) as progress:
+    with progress_bar(desc="reading the corpus", unit=" sentences", unit_scale=True) as progress:
         for batch in _batches(sentences):
             sentence_count += len(batch)
             for sentence in batch:
@@ -526,7 +523,7 @@ def answers_on_token_borders(
         answers_of[context].add(answer)
     backend = _of_whole_texts(tokenizer)
     on_borders = set()
-    with progress_bar(desc="contexts", unit=" contexts") as progress:
+    with progress_bar(desc="reading the contexts", unit=" contexts") as progress:
         for batch in _batches(answers_of.items()):
             encodings = backend.encode_batch([context for context, _ in batch], add_special_tokens=False)
             for (context, golds), encoding in zip(batch, encodings, strict=True):

@@ -17,7 +17,7 @@ LAYERS = [
     {"training", "retrieval"},
     {"evaluation", "reader", "encoder"},
     {"data", "tokenization", "conversion", "loading", "hub"},
-    {"files"},
+    {"files", "progress"},
 ]
 ONLY_IN = {"fairscale": ("training", "sharding"), "faiss": ("retrieval", "index")}
 

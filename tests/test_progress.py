@@ -1,6 +1,8 @@
 """Progress bars: drawn over on a terminal, lines now and then in a log."""
 
+import io
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -50,18 +52,62 @@ def test_what_was_short_leaves_its_last_state_alone(capsys, clock):
     assert done_in(capsys.readouterr().err) == ["10/10"]
 
 
-@pytest.mark.parametrize("options", [{"leave": False}, {"is_shown": False}])
-def test_a_bar_that_does_not_stay_or_is_not_shown_leaves_nothing_of_a_short_time(capsys, clock, options):
-    go(0.1, clock, **options)
+def test_a_bar_that_does_not_stay_leaves_nothing_of_a_short_time(capsys, clock):
+    go(0.1, clock, leave=False)
     assert capsys.readouterr().err == ""
+
+
+def test_no_state_from_before_the_end_is_written_at_the_end(capsys, clock):
+    with progress_bar(total=10, desc="turning", delay=0, mininterval=0) as bar:
+        bar.update(9)
+        clock.now += 29
+        bar.update(1)
+        clock.now += 1
+    assert done_in(capsys.readouterr().err) == ["10/10"]
+
+
+def test_the_last_line_has_what_was_said_of_the_last_turn(capsys, clock):
+    with progress_bar(total=4, desc="turning", delay=0, mininterval=0) as bar:
+        for turn in range(1, 5):
+            clock.now += 40
+            bar.set_postfix(loss=turn, refresh=False)
+            bar.update()
+    assert [line.rpartition("loss=")[2] for line in capsys.readouterr().err.splitlines()] == ["1]", "2]", "3]", "4]"]
+
+
+def test_a_line_is_whole_where_what_is_done_breaks_off(capsys, clock):
+    with pytest.raises(RuntimeError), progress_bar(total=10, desc="turning", delay=0, mininterval=0) as bar:
+        bar.update(3)
+        bar.write("beside")
+        raise RuntimeError
+    written = capsys.readouterr()
+    assert done_in(written.err) == ["3/10"] and written.out == "beside\n"
+
+
+def test_other_ranks_and_workers_show_nothing(capsys, clock, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    go(40, clock)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(progress, "_are_hidden", False)
+    progress.hide_progress_bars()
+    go(40, clock)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("kind", ["none", "closed", "without isatty"])
+def test_a_standard_error_that_is_no_stream_stops_nothing(clock, monkeypatch, kind):
+    closed = io.StringIO()
+    closed.close()
+    stand_in = SimpleNamespace(write=lambda text: None, flush=lambda: None)
+    monkeypatch.setattr(sys, "stderr", {"none": None, "closed": closed, "without isatty": stand_in}[kind])
+    assert list(progress_bar(range(3))) == [0, 1, 2]
 
 
 def test_bars_within_bars_write_whole_lines(capsys, clock):
     for _ in progress_bar(range(2), desc="outer", delay=0, mininterval=0):
         clock.now += 40
         go(7, clock, leave=False)
-    lines = capsys.readouterr().err.splitlines()
-    assert all(line.startswith(("outer: ", "turning: ")) for line in lines) and len(lines) == 6, lines
+    assert done_in(capsys.readouterr().err) == ["5/10", "10/10", "1/2", "5/10", "10/10", "2/2"]
 
 
 def test_nothing_is_shown_of_less_than_two_seconds(capsys):

@@ -111,7 +111,7 @@ def refused(run, capsys):
         *before, line, end = output.err.split("\n")
         assert end == "" and line.startswith("error: ") and len(line) > 20
         # Nothing else, except how far it had come.
-        assert all(line.startswith("training ") and " [00:" in line for line in before), output.err
+        assert all(" [00:" in line for line in before), output.err
         return line.removeprefix("error: ")
 
     return run_and_fail
@@ -516,7 +516,7 @@ def test_two_ranks_give_the_result_of_one_process(run, arguments, tmp_path, laun
     assert read_curves(tmp_path / "outputs" / "two")["eval/examples"] == [(2, 11), (4, 11)]
     lines = [line for line in finished.stdout.splitlines() if line.strip()]
     assert len(lines) == len(set(lines)) and len(lines) == 8, finished.stdout
-    assert finished.stderr.count("training 100% 4/4") == finished.stderr.count("training ") == 1
+    assert finished.stderr.count("training 100% 4/4") == 1
 
 
 @pytest.mark.slow

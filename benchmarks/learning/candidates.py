@@ -18,7 +18,7 @@ from mixlm.heads import IGNORE
 from mixlm.modeling_mixlm import ResidualAttention
 from mixlm.training import loop
 from mixlm.training.objectives import Batch, SentenceOrderObjective, Step, Term
-from mixlm.training.optimization import Muon, OptimizerSettings, tables_of
+from mixlm.training.optimization import Muon, OptimizerSettings, embedding_tables_of
 from run_pretraining import OBJECTIVES
 
 # -- new models ------------------------------------------------------------------------------------------------------
@@ -94,7 +94,7 @@ def with_embedding_rate(relative_rate: float) -> AbstractContextManager:
     own = OptimizerSettings.groups
 
     def groups(settings: OptimizerSettings, model: nn.Module) -> list[dict[str, Any]]:
-        tables = tables_of(model)
+        tables = embedding_tables_of(model)
         decayed, *others = own(settings, model)
         parts = [
             {**decayed, "params": [each for each in decayed["params"] if each not in tables]},

@@ -74,7 +74,7 @@ def gain_of(comparison: Comparison, results: Sequence[dict[str, Any]]) -> str:
     """By how many nats the loss is lower, over the seeds that both lines have."""
     lines = {line.name: line for line in lines_of(TABLES / f"{comparison.table}.jsonl", results)}
     without, chosen = lines[comparison.without], lines[comparison.chosen]
-    return difference(chosen, without, sign=-1, digits=2) or "not made yet"
+    return difference(without, chosen, digits=2) or "not made yet"
 
 
 def rows_of_gains(results: Sequence[dict[str, Any]]) -> list[dict[str, str]]:

@@ -59,19 +59,16 @@ def spread(values: Iterable[float], sign: str = "", digits: int = 3) -> str:
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
-def difference(
-    line: Line, base: Line, measure: Callable[[dict[str, Any]], float] = loss_of, sign: int = 1, digits: int = 3
-) -> str:
+def difference(line: Line, base: Line, measure: Callable[[dict[str, Any]], float] = loss_of, digits: int = 3) -> str:
     """By how much a line is above another, over the seeds that both have; nothing where they have none.
 
     Args:
         line, base: what is compared, and with what.
         measure: what is compared of a result.
-        sign: -1 to tell by how much it is below.
         digits: behind the point.
     """
     common = sorted(line.results.keys() & base.results.keys())
-    differences = [sign * (measure(line.results[seed]) - measure(base.results[seed])) for seed in common]
+    differences = [measure(line.results[seed]) - measure(base.results[seed]) for seed in common]
     return spread(differences, sign="+", digits=digits) + (" (1 seed)" if len(common) == 1 else "")
 
 

@@ -28,6 +28,7 @@ from mixlm.heads import (
     classification_loss,
     masked_lm_loss,
 )
+from mixlm.training.optimization import embedding_tables_of
 
 HIDDEN, LAYERS, HEADS, FEED_FORWARD, POSITIONS = 256, 4, 4, 1024, 512
 OWN = {
@@ -194,5 +195,5 @@ def build_model(kind: str, fields: dict[str, Any], tokenizer: PreTrainedTokenize
 def parameter_counts(model: nn.Module) -> dict[str, int]:
     """All parameters, and those that are in no embedding table."""
     total = sum(parameter.numel() for parameter in model.parameters())
-    tables = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+    tables = embedding_tables_of(model)
     return {"parameters": total, "non_embedding_parameters": total - sum(table.numel() for table in tables)}

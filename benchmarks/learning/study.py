@@ -219,8 +219,10 @@ def main() -> None:
     for vocabulary in sorted({run["vocabulary"] for run in due}):
         prepare_tokenizer(arguments.corpus_path, vocabulary, work)
     failed = 0
-    bar = progress_bar(total=len(due), unit="run", desc="study", delay=0)
-    with ThreadPoolExecutor(arguments.at_once) as pool, bar as progress:
+    with (
+        ThreadPoolExecutor(arguments.at_once) as pool,
+        progress_bar(total=len(due), unit="run", desc="study", delay=0) as progress,
+    ):
         # What is fine-tuned must have been pretrained.
         for part in ([run for run in due if not run["task"]], [run for run in due if run["task"]]):
             makings = pool.map(lambda run: make(run, paths, work, arguments.results), part)

@@ -50,13 +50,14 @@ def content_hashes(stamps: Stamps, cache_dir: Path) -> list[str]:
     return [known[file] for file in stamps]
 
 
-def hash_file(file: str | Path, progress: tqdm) -> str:
+def hash_file(file: str | Path, progress: tqdm | None = None) -> str:
     """Hash of the content of a file; `progress` moves on by its bytes."""
     digest = hashlib.blake2b(digest_size=16)
     with open(file, "rb") as stream:
         while piece := stream.read(1 << 20):
             digest.update(piece)
-            progress.update(len(piece))
+            if progress is not None:
+                progress.update(len(piece))
     return digest.hexdigest()
 
 

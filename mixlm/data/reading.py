@@ -406,7 +406,7 @@ def _encode(backend: Tokenizer, texts: Sequence[str], unit: str) -> dict[str, tu
     """Ids [tokens] and offsets [tokens, 2] of each text, without special tokens. Each text is encoded once."""
     distinct = list(dict.fromkeys(texts))
     encoded = {}
-    with progress_bar(desc=f"tokenizing {unit}", total=len(distinct), unit=f" {unit}") as progress:
+    with progress_bar(desc=f"tokenizing {unit}", total=len(distinct), unit=f" {unit}", leave=False) as progress:
         for first in range(0, len(distinct), ENCODE_BATCH):
             batch = distinct[first : first + ENCODE_BATCH]
             for text, encoding in zip(batch, backend.encode_batch(batch, add_special_tokens=False), strict=True):

@@ -87,7 +87,7 @@ class RetrievalTokenizer:
 
     def _encode(self, texts: Sequence[str], unit: str) -> list[list[int]]:
         encoded: list[list[int]] = []
-        with progress_bar(desc=f"tokenizing {unit}", total=len(texts), unit=f" {unit}") as progress:
+        with progress_bar(desc=f"tokenizing {unit}", total=len(texts), unit=f" {unit}", leave=False) as progress:
             for first in range(0, len(texts), ENCODE_BATCH):
                 batch = list(texts[first : first + ENCODE_BATCH])
                 encoded += [

@@ -18,7 +18,7 @@ import numpy as np
 
 from ..data.packages import required
 from ..errors import UserError
-from ..progress import progress_bar
+from ..progress import draws_over, progress_bar
 from .analysers import Analyser
 from .hits import PassageHit, Precedence, best_hits, smaller_row
 from .passages import StoredPassages
@@ -63,7 +63,9 @@ class LexicalIndex:
         if not numbers:
             raise UserError("no passage has a word in it; give passages of text")
         shows_progress = len(passages) >= _SHOWS_PROGRESS_FROM
-        bm25.index((terms_of_passages, numbers), create_empty_token=False, show_progress=shows_progress)
+        bm25.index(
+            (terms_of_passages, numbers), create_empty_token=False, show_progress=shows_progress and draws_over()
+        )
         return cls(bm25, analyser)
 
     @classmethod

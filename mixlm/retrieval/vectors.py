@@ -39,7 +39,7 @@ from ..data.passages import Passage
 from ..encoder import MixLMEncoder
 from ..errors import UserError, file_error, is_out_of_memory, one_line
 from ..files import require_inside, whole_folder
-from ..progress import progress_bar
+from ..progress import hide_progress_bars, progress_bar
 from .manifest import read_manifest, write_manifest
 from .passages import StoredPassages, write_passages
 
@@ -316,6 +316,7 @@ def _begin(model: str, batch_size: int, number: int) -> None:
 def _begin_worker(model: str, batch_size: int, numbers: "multiprocessing.Queue[int]", threads: int) -> None:
     """What a process of several begins with."""
     Thread(target=_end_with_parent, daemon=True).start()
+    hide_progress_bars()
     disable_progress_bar()  # of loading weights
     torch.set_num_threads(threads)
     _begin(model, batch_size, numbers.get())
@@ -371,8 +372,7 @@ def _what_is_wrong(shard: Path) -> str | None:
 
 
 def _file_hashes(shard: Path) -> dict[str, str]:
-    with tqdm(disable=True) as progress:
-        return {name: hash_file(shard / name, progress) for name in (_VECTORS, _PASSAGES, _HASHES)}
+    return {name: hash_file(shard / name) for name in (_VECTORS, _PASSAGES, _HASHES)}
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:

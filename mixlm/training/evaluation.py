@@ -47,7 +47,7 @@ def evaluate_pretraining(
     sums = torch.zeros(6, dtype=torch.float64)  # loss, unigram loss, correct, tokens, sentence orders correct, of
     examples = 0
     queries, contexts = [], []
-    for batch, counts in progress_bar(batches, desc="evaluating", leave=False, is_shown=accelerator.is_main_process):
+    for batch, counts in progress_bar(batches, desc="evaluating", leave=False):
         batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
         outputs = engine(**batch)
         if not counts:

@@ -311,9 +311,9 @@ class _Run:
         )
         self.engine.step(learning_rate)
         state.step += 1
-        self.progress.step()
         if state.step % arguments.logging_steps == 0 or state.step == arguments.num_steps:
             self.progress.log(state.step, learning_rate, gradient_norm)
+        self.progress.step()
         return True
 
     def _backward(self, micro_batches: list[Batch]) -> tuple[Tensor, list[dict[str, Term]]]:

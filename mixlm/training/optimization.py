@@ -66,7 +66,7 @@ class OptimizerSettings(NamedTuple):
         return self.optimizer_class(self.groups(model), **self.options)
 
 
-def tables_of(model: nn.Module) -> set[nn.Parameter]:
+def embedding_tables_of(model: nn.Module) -> set[nn.Parameter]:
     """The weights of all embeddings: a row for each token, position or type."""
     return {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
 
@@ -77,7 +77,7 @@ def matrices_of(model: nn.Module) -> dict[nn.Parameter, tuple[int, int, int]]:
     A linear layer is one matrix, a convolution one for each of its groups, and stacked experts one each. Embeddings
     and heads are not among them: their rows are tokens and classes, each for itself.
     """
-    tables = tables_of(model)
+    tables = embedding_tables_of(model)
     towers = [model.base_model, getattr(model, "context_encoder", None)]  # a retriever can have two
     matrices = {}
     for module in (module for tower in towers if tower is not None for module in tower.modules()):

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from .. import __version__
 from ..data.corpus import dataset_fingerprint, load_splits
@@ -151,8 +150,7 @@ def _hashes(arguments: TrainingArguments, argument: str, files: list[Path]) -> l
     if argument == "corpus_path":  # it may be large; opening it has left them in the cache
         stamps = {str(file.resolve()): (file.stat().st_size, file.stat().st_mtime_ns) for file in files}
         return content_hashes(stamps, cache_folder(arguments.cache_dir))
-    with tqdm(disable=True) as progress:
-        return [hash_file(file, progress) for file in files]
+    return [hash_file(file) for file in files]
 
 
 def _describe_files(files: list[Path], hashes: list[str]) -> list[dict[str, Any]]:

@@ -28,7 +28,6 @@ class Progress:
             initial=first_step,
             desc="training",
             unit="step",
-            is_shown=accelerator.is_main_process,
             delay=0,
             dynamic_ncols=True,
             # No drawn bar: at 120 columns the numbers would be cut off.
@@ -56,7 +55,7 @@ class Progress:
         self.bar.update()
 
     def log(self, step: int, learning_rate: float, gradient_norm: float) -> None:
-        """Show and write the means since the last call, over all ranks."""
+        """Write the means since the last call, over all ranks, and show them with the next step."""
         names = list(self.sums)
         seconds = time.perf_counter() - self.started
         rows = [[self.sums[name], self.weights[name]] for name in names] + [[self.tokens, 0]]
@@ -87,7 +86,8 @@ class Progress:
                 "lr": f"{learning_rate:.1e}",
                 "norm": f"{gradient_norm:.2f}",
                 "tokens/s": f"{scalars['tokens_per_second']:,.0f}",
-            }
+            },
+            refresh=False,  # `step` shows it
         )
         self._start_window()
 
