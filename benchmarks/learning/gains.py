@@ -36,7 +36,7 @@ CHOICES: dict[str, dict[str, Comparison]] = {
     "Muon": {
         "3 minutes": Comparison("optimizer", "mixlm-mini", "Muon, 2e-3"),
     },
-    "Muon, where they begin so": {
+    "Muon, on top of the token frequencies": {
         "3 minutes": Comparison("embedding_rate", "token frequencies", "Muon, 2e-3"),
         "a quarter of an hour": Comparison("quarter_hour", "MixLM", "MixLM, Muon"),
         "an hour": Comparison("finalists", "MixLM", "MixLM, Muon"),
@@ -46,12 +46,15 @@ CHOICES: dict[str, dict[str, Comparison]] = {
         "a quarter of an hour": Comparison("quarter_hour", "MixLM", "MixLM, feed-forward 512"),
         "an hour": Comparison("hour", "MixLM", "feed-forward 512"),
     },
-    "half the feed-forward, where Muon is taken": {
+    "half the feed-forward, on top of Muon": {
         "a quarter of an hour": Comparison("quarter_hour", "MixLM, Muon", "MixLM, Muon, feed-forward 512"),
     },
     "three times the rate for embeddings": {
         "3 minutes": Comparison("embedding_rate", "token frequencies", "embeddings 3e-3"),
         "a quarter of an hour": Comparison("quarter_hour", "MixLM", "MixLM, embeddings 3e-3"),
+    },
+    "masked tokens alone, without sentence order": {
+        "3 minutes": Comparison("objective", "mixlm-mini", "masked tokens alone"),
     },
     "MixLM, not ModernBERT": {
         "3 minutes": Comparison("peers_decay", "ModernBERT, 0.001", "mixlm-mini"),
