@@ -148,10 +148,9 @@ def rewrite(page: str, results: Sequence[dict[str, Any]]) -> str:
 
 
 def minutes_of(result: dict[str, Any]) -> list[float]:
-    """CPU minutes at each point of the curve of a finalist.
+    """Minutes of the hour at each point of the curve of a finalist: the share of its steps, and no clock.
 
-    Its steps are as many as fit into its minutes when nothing else runs; the clock of the run itself also has what
-    other programs cost it.
+    The clock of the run itself also has what other programs cost it.
     """
     return [FINALIST_MINUTES * point["step"] / result["steps"] for point in result["curve"]]
 
@@ -195,7 +194,7 @@ def draw_unigram(axis: Axes, lines: Sequence[Line]) -> None:
 def draw_finalists(lines: Sequence[Line], file: Path) -> None:
     """Held-out loss against CPU time and against tokens."""
     figure, axes = pyplot.subplots(1, 2, figsize=(13, 5), sharey=True)
-    for axis, label, abscissa in zip(axes, ("CPU minutes", "million tokens"), (minutes_of, tokens_of), strict=True):
+    for axis, label, abscissa in zip(axes, ("minutes of the hour, by steps", "million tokens"), (minutes_of, tokens_of), strict=True):
         for line in lines:
             draw_line(axis, line, abscissa)
         draw_unigram(axis, lines)
