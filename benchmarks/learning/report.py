@@ -192,9 +192,10 @@ def draw_unigram(axis: Axes, lines: Sequence[Line]) -> None:
 
 
 def draw_finalists(lines: Sequence[Line], file: Path) -> None:
-    """Held-out loss against CPU time and against tokens."""
+    """Held-out loss against the share of an hour and against tokens."""
     figure, axes = pyplot.subplots(1, 2, figsize=(13, 5), sharey=True)
-    for axis, label, abscissa in zip(axes, ("minutes of the hour, by steps", "million tokens"), (minutes_of, tokens_of), strict=True):
+    abscissas = {"minutes of the hour, by steps": minutes_of, "million tokens": tokens_of}
+    for axis, (label, abscissa) in zip(axes, abscissas.items(), strict=True):
         for line in lines:
             draw_line(axis, line, abscissa)
         draw_unigram(axis, lines)
