@@ -76,6 +76,8 @@ class Progress:
         shown = {
             name.removesuffix("_loss"): f"{value:.3f}" for name, value in losses.items() if value or name != "aux_loss"
         }
+        if len(shown) == 1:  # the loss itself
+            shown = {}
         experts = [f"{value:.0%}" for name, value in values.items() if name.startswith("expert_")]
         if experts:
             shown |= {"experts": "/".join(experts), "dropped": f"{values['dropped_share']:.0%}"}

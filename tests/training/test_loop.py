@@ -124,6 +124,15 @@ def test_a_curve_is_the_mean_since_the_last_point(make_arguments, run_training):
     assert mean == pytest.approx(sum(single) / 4, rel=0.05)
 
 
+def test_the_last_line_of_a_log_has_the_last_loss(make_arguments, run_training, capsys, monkeypatch):
+    monkeypatch.setattr("mixlm.progress.SECONDS_PER_LINE", 0)
+    arguments = make_arguments(num_steps=3, logging_steps=1)
+    run_training(arguments)
+    last = capsys.readouterr().err.splitlines()[-1]
+    _, (step, loss) = read_curves(arguments.run_folder)["train/loss"][-2:]
+    assert step == 3 and "3/3" in last and f"loss={loss:.3f}, " in last
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_checkpoint(
     make_arguments, run_training, make_model, capfd
