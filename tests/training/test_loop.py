@@ -1,15 +1,19 @@
 """Steps of a run: what they depend on, and what is evaluated and logged between them."""
 
 import json
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from small_runs import NotANumberAt, assert_same_checkpoint, checkpoint_names
 
 from mixlm.errors import UserError
+from mixlm.progress import progress_bar
 from mixlm.training.checkpoint import checkpoints_in, load_checkpoint
 from mixlm.training.optimization import learning_rate_factor
 from mixlm.training.report import read_curves
+from mixlm.training.tracking import Progress
 
 
 def test_a_run_is_repeatable_and_its_seed_matters(make_arguments, run_training, checkpoint_folder):
@@ -125,7 +129,17 @@ def test_a_curve_is_the_mean_since_the_last_point(make_arguments, run_training):
 
 
 def test_the_last_line_of_a_log_has_the_last_loss(make_arguments, run_training, capsys, monkeypatch):
-    monkeypatch.setattr("mixlm.progress.SECONDS_PER_LINE", 0)
+    """Also where its line is due in the middle of that step, as with steps of half a minute."""
+    clock = SimpleNamespace(now=0.0)
+    step_of_bar = Progress.step
+
+    def step_later(progress: Progress) -> None:
+        clock.now += 40
+        step_of_bar(progress)
+
+    monkeypatch.setattr("mixlm.progress.time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr("mixlm.training.tracking.progress_bar", partial(progress_bar, mininterval=0))
+    monkeypatch.setattr(Progress, "step", step_later)
     arguments = make_arguments(num_steps=3, logging_steps=1)
     run_training(arguments)
     last = capsys.readouterr().err.splitlines()[-1]
