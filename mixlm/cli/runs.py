@@ -38,9 +38,9 @@ def add_verify_engines_parser(subparsers) -> None:
         help="show whether every sharding engine trains rightly on this machine",
         description=(
             "Train a small model with every engine (--zero, --sharding_backend, --auto_wrap) and precision on several "
-            "processes, and compare with one process: losses, gradient norms, parameters and AdamW's moments after "
-            "the last step, largest relative differences. Each engine trains twice and must give the same bits. The "
-            "exit code is 1 if an engine is wrong."
+            "processes, and compare with one process: losses, gradient norms, parameters and the optimizer's moments "
+            "after the last step, largest relative differences. Each engine trains twice and must give the same bits. "
+            "The exit code is 1 if an engine is wrong."
         ),
         epilog="example:\n  mixlm verify-engines --processes 2",
     )
@@ -53,6 +53,7 @@ def add_verify_engines_parser(subparsers) -> None:
         default=["fp32", "bf16", "fp16"],
         help="default: all three",
     )
+    parser.add_argument("--muon", action="store_true", help="with Muon, and the engines that can use it")
     parser.set_defaults(run=verify_engines_verb)
 
 
@@ -142,7 +143,7 @@ def verify_engines_verb(arguments: argparse.Namespace) -> None:
     gpus = torch.cuda.device_count()
     if 0 < gpus < arguments.processes:
         raise UserError(f"--processes {arguments.processes}: each needs a GPU of its own, and there are {gpus} here")
-    cases = available_cases()
+    cases = available_cases(arguments.muon)
     device = "GPUs" if gpus else "the CPU"
     print(f"{len(cases)} engines, {arguments.processes} processes each, on {device}: a minute or less for each")
     print(

@@ -64,12 +64,18 @@ class Case(NamedTuple):
     zero: int
     sharding_backend: str
     auto_wrap: bool
+    muon: bool = False
 
     @property
     def name(self) -> str:
         """As in the table: `zero 3 torch auto_wrap`."""
         backend = f" {self.sharding_backend}" if self.zero else ""
         return f"zero {self.zero}{backend}{' auto_wrap' if self.auto_wrap else ''}"
+
+    @property
+    def has_matrices(self) -> bool:
+        """Whether Muon can be used: fairscale's full sharding has none."""
+        return self.sharding_backend == "torch" or (self.zero < 3 and not self.auto_wrap)
 
 
 CASES = [
@@ -149,11 +155,11 @@ class Verdict:
         return self.is_repeatable and all(found <= most for found, most in zip(self.differences, allowed, strict=True))
 
 
-def available_cases() -> list[Case]:
-    """The engines whose library is installed."""
-    if importlib.util.find_spec("fairscale") is None:
-        return [case for case in CASES if case.sharding_backend != "fairscale"]
-    return CASES
+def available_cases(muon: bool = False) -> list[Case]:
+    """The engines whose library is installed; with `muon` those that can use it, and do."""
+    has_fairscale = importlib.util.find_spec("fairscale") is not None
+    cases = [case for case in CASES if has_fairscale or case.sharding_backend != "fairscale"]
+    return [case._replace(muon=True) for case in cases if case.has_matrices] if muon else cases
 
 
 def verify_engines(
@@ -174,7 +180,7 @@ def verify_engines(
     with tempfile.TemporaryDirectory(prefix="mixlm-verify-") as folder:
         report("one process")
         reference = Path(folder) / "reference"
-        failure = _train_on(1, CASES[0], family, precisions, reference)
+        failure = _train_on(1, CASES[0]._replace(muon=cases[0].muon), family, precisions, reference)
         if failure:
             raise RuntimeError(failure)
         expected = {precision: _outcome(reference, precision, 1) for precision in precisions}

@@ -11,15 +11,10 @@ from safetensors.torch import load_file
 from small_runs import ROWS_PER_STEP, build_arguments, reset_accelerate, run_small
 
 from mixlm.training.report import read_curves
-from mixlm.training.verification import CASES, Case
+from mixlm.training.verification import CASES, Case, available_cases
 
 ENGINES = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-# fairscale's full sharding has no whole matrices.
-ENGINES_WITH_MUON = pytest.mark.parametrize(
-    "case",
-    [case for case in CASES if case.sharding_backend == "torch" or (case.zero < 3 and not case.auto_wrap)],
-    ids=lambda case: case.name,
-)
+ENGINES_WITH_MUON = pytest.mark.parametrize("case", available_cases(muon=True), ids=lambda case: case.name)
 # Large beside rounding: AdamW would make a full step of a gradient that is nothing else.
 EPSILON = 1e-3
 
@@ -114,8 +109,8 @@ def test_every_engine_follows_one_process(tmp_path, one_process, two_ranks, case
 @ENGINES_WITH_MUON
 def test_every_engine_follows_one_process_with_muon(tmp_path, one_process, two_ranks, case, family):
     run = {"family": family, "dropout_prob": 0.0, "num_hidden_layers": 2}
-    arguments = {"num_steps": 3, "muon": True, "weight_decay": 0.1}
-    expected = one_process(arguments, run)
+    arguments = {"num_steps": 3, "weight_decay": 0.1}
+    expected = one_process({**arguments, "muon": True}, run)
     two_ranks(train_on_a_rank, str(tmp_path), {**arguments, **case._asdict()}, run)
     np.testing.assert_allclose(curve(tmp_path, "train/loss"), curve(expected, "train/loss"), rtol=2e-5)
     assert_close(checkpoint(tmp_path, 3), checkpoint(expected, 3), rtol=1e-3, atol=1e-5)
@@ -174,7 +169,7 @@ def test_a_resumed_run_equals_one_without_interruption(tmp_path, two_ranks, case
 @ENGINES_WITH_MUON
 def test_a_resumed_run_with_muon_equals_one_without_interruption(tmp_path, two_ranks, case):
     """To the bit; a matrix has one moment."""
-    arguments = {"num_steps": 4, "save_total_limit": 3, "muon": True, **case._asdict()}
+    arguments = {"num_steps": 4, "save_total_limit": 3, **case._asdict()}
     two_ranks(train_on_a_rank, str(tmp_path / "whole"), {**arguments, "save_steps": 2}, {})
     going_on = {"save_steps": 0, "resume": str(tmp_path / "whole/run/checkpoints/step-00000002")}
     two_ranks(train_on_a_rank, str(tmp_path / "resumed"), {**arguments, **going_on}, {})
