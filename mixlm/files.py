@@ -10,6 +10,9 @@ from safetensors import SafetensorError
 
 from .errors import UserError, one_line
 
+# Python has half of a surrogate pair for a byte of a name that is not UTF-8; this writes it as JSON's \udcc7.
+NAMES_ESCAPED = "backslashreplace"
+
 
 def cache_folder(asked: str | Path | None = None) -> Path:
     """Where tokenized corpora and the like are kept: `asked`, or MIXLM_CACHE, or ~/.cache/mixlm."""
@@ -46,11 +49,15 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 def write_whole(file: Path, text: str) -> None:
     """Write a file, so that whatever happens it has its old or its new content.
 
+    Args:
+        file: what is written or replaced.
+        text: its content. Names of files that are not UTF-8 are escaped in it, as JSON does.
+
     Raises:
         OSError: it cannot be written.
     """
     partial = partial_name(file)
-    partial.write_text(text, "utf-8")
+    partial.write_text(text, "utf-8", NAMES_ESCAPED)
     flush(partial)
     os.replace(partial, file)
     flush(file.parent)

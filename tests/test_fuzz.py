@@ -213,7 +213,7 @@ PARSERS = {
     "file-hashes": Parser(
         "cache/file_hashes.json",
         None,
-        lambda file: content_hashes(file_stamps(file.parents[1] / "text.dat"), file.parent),
+        lambda file: content_hashes(file_stamps([file.parents[1] / "text.dat"]), file.parent),
         make_store,
         refuses=False,
     ),

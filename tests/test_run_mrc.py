@@ -1,6 +1,7 @@
 """run_mrc.py from the arguments to the finished reader, and what a user can get wrong."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -241,9 +242,10 @@ def test_it_trains_models_of_transformers_too(run, prepared, tmp_path):
 
 
 def test_an_interrupted_run_goes_on_and_is_the_same(run, tmp_path):
-    whole = run(output_dir=tmp_path / "whole", num_steps=4)
-    run(output_dir=tmp_path / "parts", num_steps=2, scheduler_num_steps=4, save_steps=1)
-    parts = run(output_dir=tmp_path / "parts", num_steps=4, resume="auto")
+    """Where it ends it is evaluated, which can be best: so the whole one is evaluated there too."""
+    whole = run(output_dir=tmp_path / "whole", num_steps=4, eval_steps=2)
+    run(output_dir=tmp_path / "parts", num_steps=2, eval_steps=2, scheduler_num_steps=4, save_steps=1)
+    parts = run(output_dir=tmp_path / "parts", num_steps=4, eval_steps=2, resume="auto")
     one, other = (load_file(folder / "model.safetensors") for folder in (whole, parts))
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert predictions(whole) == predictions(parts)
@@ -453,6 +455,7 @@ def test_an_evaluation_says_what_it_cannot_use_and_reads_as_it_is_told(run, prep
         ({"train_batch_size": 0, "num_steps": 5}, "train_batch_size=0: must be above 0, unless"),
         ({"max_seq_length": 65, "max_query_length": 8}, "max_seq_length"),
         ({"validation_articles": None, "validation_split": 1.0}, "validation_split=1.0: must be between 0 and 1"),
+        ({"num_train_epochs": math.inf}, "num_train_epochs=inf: must be above 0 and at most a million"),
         ({"train_batch_size": 0, "num_steps": None}, "train_batch_size=0: must be above 0, unless"),
         ({"do_predict": True}, "do_predict=True: must be left out without predict_file"),
         ({"tune_decoding": True, "korean_particles": True}, "tune_decoding=True: must be left out, unless"),

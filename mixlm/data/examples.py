@@ -3,6 +3,8 @@
 An example is a pure function of (seed, epoch, index): neither the worker nor the rank that makes it changes it.
 """
 
+from typing import Any
+
 import numpy as np
 from torch.utils.data import Dataset
 
@@ -155,6 +157,13 @@ class InverseClozeExamples(_BlockExamples):
         """Tokens of the context with its query, the most that an example can have, [examples]."""
         return self.blocks[:, 3] + self.special_tokens
 
+    def longest(self) -> dict[str, np.ndarray | int]:
+        """As long as a batch is ever padded to: its longest query and its longest context can be of two examples."""
+        block = self._sentences(int(np.argmax(self.blocks[:, 3])))
+        tokens = np.concatenate(block)
+        query = tokens[: min(self.corpus.longest_sentence_length(), len(tokens) - 1)]  # it is not alone in its block
+        return self._example(query, block, self._random(0, 0))
+
     def __getitem__(self, key: tuple[int, int]) -> dict[str, np.ndarray]:
         """The example of `key` = (epoch, index)."""
         epoch, index = key
@@ -164,9 +173,11 @@ class InverseClozeExamples(_BlockExamples):
         query = sentences[place]
         if random.random() < self.remove_query_probability:
             del sentences[place]
+        return self._example(query, sentences, random)
 
+    def _example(self, query: np.ndarray, context: list[np.ndarray], random: np.random.Generator) -> dict[str, Any]:
         input_ids, labels = self.masker(np.concatenate([self.cls, query, self.sep]), random)
-        context_input_ids, context_labels = self.masker(np.concatenate([self.cls, *sentences, self.sep]), random)
+        context_input_ids, context_labels = self.masker(np.concatenate([self.cls, *context, self.sep]), random)
         return {
             "input_ids": input_ids,
             "labels": labels,

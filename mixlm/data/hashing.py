@@ -4,12 +4,14 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from filelock import FileLock
 from tqdm import tqdm
 
-from mixlm.data.corpus import corpus_files
+from mixlm.errors import UserError, file_error
+from mixlm.files import NAMES_ESCAPED
 from mixlm.progress import progress_bar
 
 # A file that was written a moment ago can be written again without a change of its time: its hash is not remembered.
@@ -24,9 +26,9 @@ def hash_json(value: object) -> str:
     return hashlib.blake2b(text.encode("utf-8"), digest_size=16).hexdigest()
 
 
-def file_stamps(corpus_path: str | Path) -> Stamps:
-    """Size and time of change of each corpus file."""
-    statuses = {str(file.resolve()): file.stat() for file in corpus_files(corpus_path)}
+def file_stamps(files: Iterable[Path]) -> Stamps:
+    """Size and time of change of each file; of a link those of its file, which can be there by another name too."""
+    statuses = {str(file.absolute()): file.stat() for file in files}
     return {file: (status.st_size, status.st_mtime_ns) for file, status in statuses.items()}
 
 
@@ -36,6 +38,10 @@ def content_hashes(stamps: Stamps, cache_dir: Path) -> list[str]:
     Args:
         stamps: the files.
         cache_dir: where the hashes are remembered. A file of the same size and time of change is not read again.
+
+    Raises:
+        UserError: a file cannot be read.
+        OSError: the hashes cannot be remembered.
     """
     memory = cache_dir / "file_hashes.json"
     known = _remembered(memory, stamps)
@@ -45,7 +51,7 @@ def content_hashes(stamps: Stamps, cache_dir: Path) -> list[str]:
             unknown = [file for file in stamps if file not in known]
             size = sum(stamps[file][0] for file in unknown)
             with progress_bar(desc="hashing the corpus", total=size, unit="B", unit_scale=True) as progress:
-                known.update((file, hash_file(file, progress)) for file in unknown)
+                known.update((file, _hash_of_corpus_file(file, progress)) for file in unknown)
             _remember(memory, stamps, known)
     return [known[file] for file in stamps]
 
@@ -59,6 +65,13 @@ def hash_file(file: str | Path, progress: tqdm | None = None) -> str:
             if progress is not None:
                 progress.update(len(piece))
     return digest.hexdigest()
+
+
+def _hash_of_corpus_file(file: str, progress: tqdm) -> str:
+    try:
+        return hash_file(file, progress)
+    except OSError as error:  # not one of the cache, which others are
+        raise UserError(f"{file_error(error)}: the corpus file cannot be read") from error
 
 
 def _read_memory(memory: Path) -> dict[str, dict]:
@@ -86,5 +99,5 @@ def _remember(memory: Path, stamps: Stamps, hashes: dict[str, str]) -> None:
         if now - mtime_ns > SETTLED_AFTER_NS:
             entries[file] = {"size": size, "mtime_ns": mtime_ns, "blake2b": hashes[file]}
     partial = memory.with_suffix(".partial")
-    partial.write_text(json.dumps(entries, ensure_ascii=False, indent=2), encoding="utf-8")
+    partial.write_text(json.dumps(entries, ensure_ascii=False, indent=2), "utf-8", NAMES_ESCAPED)
     os.replace(partial, memory)

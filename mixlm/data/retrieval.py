@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from itertools import chain
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -188,9 +189,8 @@ class ClozePairs(InverseClozeExamples):
     def __init__(self, corpus, blocks: np.ndarray, *arguments, **options):
         super().__init__(corpus, blocks, _unmasked, *arguments, **options)
 
-    def __getitem__(self, key: tuple[int, int]) -> dict[str, np.ndarray]:
-        """The example of `key` = (epoch, index)."""
-        return {name: ids for name, ids in super().__getitem__(key).items() if name.endswith("input_ids")}
+    def _example(self, *arguments) -> dict[str, Any]:
+        return {name: ids for name, ids in super()._example(*arguments).items() if name.endswith("input_ids")}
 
 
 class PassageNumbers:

@@ -28,10 +28,11 @@ from filelock import FileLock, Timeout
 from transformers import PreTrainedTokenizerBase
 
 from mixlm.data.batching import scramble
-from mixlm.data.blocks import load_blocks, write_blocks
+from mixlm.data.blocks import SENTENCES_PER_PASS, load_blocks, write_blocks
 from mixlm.data.columns import ArrowColumn
 from mixlm.data.corpus import (
     Document,
+    corpus_files,
     dataset_fingerprint,
     dataset_name,
     documents_of_dataset,
@@ -41,7 +42,7 @@ from mixlm.data.corpus import (
 from mixlm.data.hashing import content_hashes, file_stamps, hash_json
 from mixlm.data.tokenizing import tokenize_documents
 from mixlm.errors import UserError
-from mixlm.files import cache_folder, partial_name, whole_folder
+from mixlm.files import NAMES_ESCAPED, cache_folder, partial_name, whole_folder
 
 if TYPE_CHECKING:
     from mixlm.data.corpus import AnyDataset
@@ -95,6 +96,14 @@ class TokenizedCorpus:
         borders = [offset - offsets[0] for offset in offsets]
         return [tokens[start:end] for start, end in zip(borders, borders[1:], strict=False)]
 
+    def longest_sentence_length(self) -> int:
+        """Tokens of the longest sentence there is, read in pieces."""
+        longest = 0
+        for first in range(0, self.num_sentences, SENTENCES_PER_PASS):
+            last = min(first + SENTENCES_PER_PASS, self.num_sentences)
+            longest = max(longest, int(np.diff(self.sentence_offsets.read(first, last + 1)).max()))
+        return longest
+
     def held_out(self, fraction: float) -> np.ndarray:
         """Which documents are kept from training, bool [documents].
 
@@ -125,7 +134,7 @@ class TokenizedCorpus:
             tokens. Each sentence of the corpus is in exactly one block.
 
         Raises:
-            UserError: sentences can be longer than `max_tokens`.
+            UserError: sentences can be longer than `max_tokens`, or the cache cannot be written.
         """
         if max_tokens < self.max_sentence_length:
             raise UserError(
@@ -135,7 +144,7 @@ class TokenizedCorpus:
         path = self.folder / f"blocks_{max_tokens}.npy"
         blocks = load_blocks(path, self.num_documents)
         if blocks is None:
-            with FileLock(_lock_file(self.folder)):
+            with _cache_errors(self.folder.parent), FileLock(_lock_file(self.folder)):
                 blocks = load_blocks(path, self.num_documents)  # another process may have written them in the meantime
                 if blocks is None:
                     write_blocks(path, self.sentence_offsets, self.document_offsets, max_tokens)
@@ -180,14 +189,14 @@ def open_corpus(
         def documents() -> Iterator[Document]:
             return documents_of_dataset(rows, name, text_column)
     else:
-        stamps = file_stamps(corpus_path)
+        stamps = file_stamps(corpus_files(corpus_path))
         with _cache_errors(cache):
             hashes = content_hashes(stamps, cache)
         source = {"name": str(corpus_path), "files": stamps, "content": hashes}
 
         def documents() -> Iterator[Document]:
             yield from read_documents(corpus_path)
-            if file_stamps(corpus_path) != stamps:
+            if file_stamps(corpus_files(corpus_path)) != stamps:
                 raise UserError(f"{corpus_path}: files have changed while they were read; start again")
 
     return build_or_open(documents, source, tokenizer, cache, max_sentence_length)
@@ -253,7 +262,8 @@ def _write_manifest(folder: Path, entries: dict) -> None:
         "libraries": {name: version(name) for name in ("tokenizers", "transformers", "pyarrow", "numpy")},
         "file_sizes": {file.name: file.stat().st_size for file in sorted(folder.iterdir())},
     }
-    (folder / "manifest.json").write_text(json.dumps(manifest, ensure_ascii=False, indent=2), encoding="utf-8")
+    text = json.dumps(manifest, ensure_ascii=False, indent=2)
+    (folder / "manifest.json").write_text(text, "utf-8", NAMES_ESCAPED)
 
 
 def _open_whole(folder: Path) -> TokenizedCorpus | None:
@@ -290,7 +300,7 @@ def _remove_leftovers(cache_dir: Path) -> None:
         folder = partial.with_name(partial.stem.removeprefix("."))
         try:
             with FileLock(_lock_file(folder), timeout=0):
-                shutil.rmtree(partial)
+                shutil.rmtree(partial, ignore_errors=True)  # it may be finished, or removed, since it was found
         except Timeout:
             continue
 

@@ -1,7 +1,9 @@
 """The batches of a run, as `loop.train` asks for them."""
 
+import hashlib
 from collections.abc import Iterator
 
+import numpy as np
 from accelerate import Accelerator
 from torch.utils.data import Dataset
 
@@ -54,6 +56,11 @@ class TrainingBatches:
     def __len__(self) -> int:
         """Examples there are."""
         return len(self.examples)
+
+    def fingerprint(self) -> str:
+        """What the order is of, the lengths of all examples, as a hash: for other data a position means nothing."""
+        lengths = np.ascontiguousarray(self.examples.lengths, dtype=np.int64)
+        return hashlib.blake2b(lengths.data, digest_size=8).hexdigest()
 
     def longest(self, rows: int) -> Batch:
         """So many rows, each as long as any of the examples.

@@ -30,7 +30,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.batching import Position
 from ..errors import UserError, file_error
-from ..files import require_inside, whole_folder
+from ..files import NAMES_ESCAPED, require_inside, whole_folder
 from ..tokenization import save_tokenizer
 
 OPTIMIZER_FILE, STATE_FILE, MODEL_FOLDER = "optimizer.safetensors", "state.json", "model"
@@ -111,7 +111,8 @@ def save_checkpoint(
             "files": {path.relative_to(partial).as_posix(): _hash(path) for path in files},
         }
         contents["hash"] = _hash_of_state(contents)
-        (partial / STATE_FILE).write_text(json.dumps(contents, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        text = json.dumps(contents, indent=2, ensure_ascii=False) + "\n"
+        (partial / STATE_FILE).write_text(text, "utf-8", NAMES_ESCAPED)
 
 
 def verify(folder: Path) -> None:

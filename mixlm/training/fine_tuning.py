@@ -94,7 +94,7 @@ class FineTuningArguments(TrainingArguments):
             raise UserError(f"--train_file and --dataset_name={self.dataset_name}: give one of them")
         is_named = self.dataset_config_name is None or self.dataset_name is not None
         self.require(is_named, "dataset_config_name", "left out without dataset_name")
-        self.require(self.num_train_epochs > 0, "num_train_epochs", "above 0")
+        self.require(0 < self.num_train_epochs <= 1e6, "num_train_epochs", "above 0 and at most a million")
         self.require(0 < self.validation_split < 1, "validation_split", "between 0 and 1")
         self.require(self.tokens_per_step is None, "tokens_per_step", "left out: the number of steps depends on rows")
         says_when = self.num_steps is not None and self.eval_steps is not None

@@ -27,6 +27,7 @@ from .checkpoint import (
     save_checkpoint,
     skeleton_of,
     step_of,
+    verify,
 )
 from .memory import MemoryMeter
 from .objectives import Batch, Objective, Term
@@ -34,10 +35,10 @@ from .optimization import OptimizerSettings, learning_rate_factor, matrices_of
 from .precision import LossScale
 from .publishing import CheckpointPusher
 from .record import record_run
-from .run import CHECKPOINTS, choose_checkpoint, how_to_go_on, is_of_run, on_main_process, remove_earlier_run
+from .run import CHECKPOINTS, CURVES, choose_checkpoint, how_to_go_on, is_of_run, on_main_process, remove_earlier_run
 from .sharding import Engine, build_engine, describe, sharding_units
 from .stopping import StopRequest
-from .tracking import Progress
+from .tracking import CurveWriter, Progress
 
 # A scale that has been halved this often has gone from its largest sensible value to none.
 MOST_SKIPPED_STEPS_IN_A_ROW = 30
@@ -64,16 +65,19 @@ def order_has_changed(earlier: dict[str, Any], now: dict[str, Any], ordered_by: 
     """Whether rows come in another order than where a checkpoint was written, or other rows meet in a step.
 
     Args:
-        earlier, now: resolved arguments, and the number of processes. What an older version did not know has not
-            changed.
-        ordered_by: arguments that the order is of; beside them it is of the rows of a step, unless tokens cut it.
+        earlier, now: resolved arguments, the number of processes, and what tells the data. What an older version did
+            not know has not changed.
+        ordered_by: what of these the order is of; beside them it is of the rows of a step, unless tokens cut it.
     """
     before = {**now, **earlier}
-    rows_before, rows_now = (
-        each["train_batch_size"] * each["gradient_accumulation_steps"] * each["processes"] for each in (before, now)
-    )
-    by_rows = now["tokens_per_step"] is None
-    return any(before[name] != now[name] for name in ordered_by) or (by_rows and rows_before != rows_now)
+    if any(before[name] != now[name] for name in ordered_by):
+        return True
+    parts_before, parts_now = (each["gradient_accumulation_steps"] * each["processes"] for each in (before, now))
+    if now["tokens_per_step"] is None:
+        return parts_before * before["train_batch_size"] != parts_now * now["train_batch_size"]
+    # A step has a row for each part, also where these have more tokens.
+    fewest_rows = now["tokens_per_step"] // now["max_seq_length"]
+    return parts_before != parts_now and max(parts_before, parts_now) > fewest_rows
 
 
 def train(
@@ -98,7 +102,7 @@ def train(
         accelerator: from `prepare_run`.
         evaluate: called with the engine, which is to be called as the model, every `eval_steps` and at the end;
             returns metrics by name.
-        trial_batches: of the same data; needed to find a batch size.
+        trial_batches: of the same data; needed to find a batch size, and to notice that the data has changed.
         tokenizer: written into each checkpoint beside the model, so that the two can be used from there.
 
     Returns:
@@ -132,10 +136,11 @@ def train(
                 run.save(must_succeed=False)
         if run.saved_step != run.state.step:
             # It is made below, but what was best must be known to a run that is made longer.
-            run.state.evaluation_due = arguments.best_metric is not None and run.is_evaluation_step()
+            run.state.evaluation_due = arguments.best_metric is not None
             run.save(must_succeed=True)
     last = run.evaluate()
     run.keep_if_best(last)
+    run.curves.close()
     return run.state.best or last
 
 
@@ -172,12 +177,13 @@ class _Run:
         self.engine.train()
         if arguments.train_batch_size == 0:
             self._find_batch_size(trial_batches, earlier_arguments)
-        self.resolved = {**arguments.to_dict(), "processes": accelerator.num_processes}
+        data = None if trial_batches is None else trial_batches.fingerprint()
+        self.resolved = {**arguments.to_dict(), "processes": accelerator.num_processes, "data": data}
 
         self.changed = changed_arguments(earlier_arguments, self.resolved) if checkpoint is not None else {}
         if checkpoint is not None:
             self._announce(checkpoint)
-            if order_has_changed(earlier_arguments, self.resolved, arguments.ordered_by):
+            if order_has_changed(earlier_arguments, self.resolved, (*arguments.ordered_by, "data")):
                 self._begin_next_epoch()
             self.engine.load_moments(read_moments)
             if self.loss_scale is not None and self.state.scaler is not None:
@@ -200,17 +206,34 @@ class _Run:
         on_main_process(self.accelerator, lambda: record_run(arguments, self.resolved, self.state.step))
         # The checkpoints that lead here. When a run goes back to an earlier one, those after it are not among them.
         self.ancestors = [path for path in checkpoints_in(self.checkpoints) if step_of(path) <= self.state.step]
-        if self.state.best and checkpoint_of(self.checkpoints, self.state.best.step) not in self.ancestors:
-            self.state.best = None  # of another run, or deleted since
+        if self.state.best and not self._is_whole(checkpoint_of(self.checkpoints, self.state.best.step)):
+            self.state.best = None
         if self.state.best and (changed := [name for name in arguments.judged_by if name in self.changed]):
             self.accelerator.print(f"  {changed[0]} has changed: earlier evaluations say nothing of what is best")
             self.state.best = None
         # What an interrupted run has logged after its checkpoint is logged again.
-        purge = {"tensorboard": {"purge_step": self.state.step + 1}}
-        self.accelerator.init_trackers("tensorboard", init_kwargs=purge)
-        self.progress = Progress(self.accelerator, arguments.num_steps, self.state.step)
+        self.curves = CurveWriter(arguments.run_folder / CURVES, self.state.step)
+        self.progress = Progress(self.accelerator, arguments.num_steps, self.state.step, self.curves)
         if self.state.evaluation_due and self.state.step < arguments.num_steps:
             self.keep_if_best(self.evaluate())
+
+    def _is_whole(self, checkpoint: Path) -> bool:
+        """Whether a checkpoint is among those that lead here, and as it was written; the one gone on from is."""
+        if checkpoint not in self.ancestors:
+            return False  # of another run, or deleted since
+        if step_of(checkpoint) == self.state.step:
+            return True
+
+        def damage() -> str:
+            try:
+                verify(checkpoint)
+            except UserError as error:
+                return str(error)
+            return ""
+
+        if message := on_main_process(self.accelerator, damage):
+            self.accelerator.print(f"passed over: {message}; it was the best, which others can become now")
+        return not message
 
     def _begin_next_epoch(self) -> None:
         """Where rows have another order, the rest of the epoch is not to be found: all of them come anew."""
@@ -368,7 +391,7 @@ class _Run:
         self.engine.eval()
         metrics = self.evaluate_engine(self.engine)
         self.engine.train()
-        self.accelerator.log({f"eval/{name}": value for name, value in metrics.items()}, step=self.state.step)
+        self.progress.record({f"eval/{name}": value for name, value in metrics.items()}, self.state.step)
         self.progress.pause()
         return Evaluation(self.state.step, metrics)
 

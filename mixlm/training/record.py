@@ -16,7 +16,7 @@ import torch
 
 from .. import __version__
 from ..data.corpus import dataset_fingerprint, load_splits
-from ..data.hashing import content_hashes, hash_file
+from ..data.hashing import content_hashes, file_stamps, hash_file
 from ..data.languages import languages_of, samples_of
 from ..errors import UserError, one_line
 from ..files import cache_folder, write_whole
@@ -148,8 +148,7 @@ def _name_of(given: str | list[str]) -> str:
 
 def _hashes(arguments: TrainingArguments, argument: str, files: list[Path]) -> list[str]:
     if argument == "corpus_path":  # it may be large; opening it has left them in the cache
-        stamps = {str(file.resolve()): (file.stat().st_size, file.stat().st_mtime_ns) for file in files}
-        return content_hashes(stamps, cache_folder(arguments.cache_dir))
+        return content_hashes(file_stamps(files), cache_folder(arguments.cache_dir))
     return [hash_file(file) for file in files]
 
 

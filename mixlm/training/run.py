@@ -12,12 +12,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from ..errors import UserError, file_error
-from ..files import whole_folder
+from ..files import partial_name, whole_folder
 from ..hub import CARD_FILE, require_access
 from ..loading import StoredSettings
 from ..tokenization import save_tokenizer
@@ -30,10 +30,11 @@ from .record import RECORD_FILE, RESULTS_FILE
 # What a finished run has put into its folder, and what a new one in its place removes. The configuration comes last:
 # without it the folder is no model.
 FINAL_FOLDER, CONFIGURATION_FILE = "final", "config.json"
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, CURVES = "checkpoints", "tensorboard"
 SKIPPED_FILE = "skipped_answers.jsonl"
+PROBE = ".writable"  # written and deleted to see whether the folder can be written to
 REMOVED_BY_A_NEW_RUN = (
-    "tensorboard",
+    CURVES,
     "reader.json",
     "encoder.json",
     "predictions.json",
@@ -50,7 +51,7 @@ REMOVED_BY_A_NEW_RUN = (
 
 
 def prepare_run(arguments: TrainingArguments) -> Accelerator:
-    """Make the run's folder, seed the process, and start accelerate with TensorBoard in the folder.
+    """Make the run's folder, seed the process, and start accelerate.
 
     Raises:
         UserError: the folder cannot be written or belongs to an earlier run; there is no such checkpoint; the rows of
@@ -63,9 +64,7 @@ def prepare_run(arguments: TrainingArguments) -> Accelerator:
     accelerator = Accelerator(
         # Without this, ranks on CPUs would not find each other, and each would train alone.
         cpu=not torch.cuda.is_available(),
-        log_with="tensorboard",
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=arguments.timeout_minutes))],
-        project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder)),
     )
     # `accelerate config` may ask for a precision. The engine sees to it: on a CPU accelerate passes over fp16.
     arguments.take_precision(accelerator.mixed_precision)
@@ -107,7 +106,7 @@ def _claim(folder: Path, arguments: TrainingArguments) -> None:
         raise UserError(f"{folder}: {found}; {go_on}choose another --model_name, or give --overwrite_output_dir")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
+        probe = folder / PROBE
         probe.touch()
         probe.unlink()
     except OSError as error:
@@ -118,7 +117,7 @@ def _goes_on_in(folder: Path, arguments: TrainingArguments) -> bool:
     """Whether what is in the folder is the run that is to go on."""
     if arguments.resume == "auto":
         # Killed before its first checkpoint, a run has left these alone.
-        left = {CHECKPOINTS, "tensorboard", SKIPPED_FILE, RECORD_FILE}
+        left = {CHECKPOINTS, CURVES, SKIPPED_FILE, RECORD_FILE, partial_name(Path(RECORD_FILE)).name, PROBE}
         return bool(checkpoints_in(folder / CHECKPOINTS)) or {path.name for path in folder.iterdir()} <= left
     return arguments.resume != "never" and is_of_run(Path(arguments.resume), folder)
 
@@ -204,7 +203,7 @@ def finish_run(
     settings: StoredSettings | None = None,
 ) -> None:
     """Put the model of the checkpoint that `train` has chosen, the tokenizer, `settings` if there are any, and
-    eval_results.json into the run's folder, and close its curves.
+    eval_results.json into the run's folder.
 
     Raises:
         UserError: it cannot be written, or that checkpoint is damaged.
@@ -235,8 +234,6 @@ def finish_run(
         print(f"model, tokenizer and results are in {folder}; draw its curves with: mixlm report {folder}")
 
     on_main_process(accelerator, write)
-    for tracker in accelerator.trackers:
-        tracker.finish()
 
 
 def end_processes() -> None:

@@ -1,13 +1,87 @@
 """The progress bar and the curves of a run: the same numbers in both."""
 
+import socket
 import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor
 
 from ..progress import progress_bar
 from .objectives import Term
+
+
+class EventFile:
+    """One of TensorBoard's files in a folder. They are read in the order of their names, which is that of time.
+
+    Written in this thread: the errors of torch's SummaryWriter, which has its own, cannot be caught before they are
+    printed.
+    """
+
+    def __init__(self, folder: Path):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}"
+        self.records = RecordWriter(self.path.open("xb"))
+
+    def add(self, **content: Any) -> None:
+        """Write an event, and onto the disk at once."""
+        self.records.write(Event(wall_time=time.time(), **content).SerializeToString())
+        self.records.flush()
+
+    def close(self) -> None:
+        """Close the file, and remove it if nothing could be written to it."""
+        with suppress(OSError):
+            self.records.close()
+        with suppress(OSError):
+            if self.path.stat().st_size == 0:
+                self.path.unlink()
+
+
+class CurveWriter:
+    """The curves of a run, which go on when there is room for them again.
+
+    Args:
+        folder: of TensorBoard's files.
+        first_step: steps done before; what an interrupted run has logged after them is to be forgotten.
+    """
+
+    def __init__(self, folder: Path, first_step: int):
+        self.folder, self.first_step = folder, first_step
+        self.file: EventFile | None = None
+        self.has_failed = False
+
+    def write(self, values: dict[str, float], step: int) -> str:
+        """Write a point of each curve.
+
+        Returns:
+            what went wrong, in a line; empty where nothing did, or where it has been said of the point before.
+        """
+        points = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        try:
+            if self.file is None:
+                self.file = EventFile(self.folder)
+                self.file.add(file_version="brain.Event:2")
+                self.file.add(step=self.first_step + 1, session_log=SessionLog(status=SessionLog.START))
+            self.file.add(step=step, summary=Summary(value=points))
+        except OSError as error:
+            self.close()  # its last event may be half there: another file has the next one
+            is_new, self.has_failed = not self.has_failed, True
+            message = f"{self.folder}: curves cannot be written: {error.strerror or error}; make room"
+            return f"{message}; training goes on, and its curves when they can" if is_new else ""
+        self.first_step, self.has_failed = step, False
+        return ""
+
+    def close(self) -> None:
+        """Close the file; all that was written is on the disk already."""
+        if self.file is not None:
+            self.file.close()
+            self.file = None
 
 
 class Progress:
@@ -19,10 +93,11 @@ class Progress:
         accelerator: shows and writes on its main process only.
         total_steps: where the bar ends.
         first_step: steps done before, in a resumed run.
+        curves: where the means are written.
     """
 
-    def __init__(self, accelerator: Accelerator, total_steps: int, first_step: int):
-        self.accelerator = accelerator
+    def __init__(self, accelerator: Accelerator, total_steps: int, first_step: int, curves: CurveWriter):
+        self.accelerator, self.curves = accelerator, curves
         self.bar = progress_bar(
             total=total_steps,
             initial=first_step,
@@ -72,7 +147,7 @@ class Progress:
             "tokens_per_second": tokens / seconds,
             **values,
         }
-        self.accelerator.log({f"train/{name}": value for name, value in scalars.items()}, step=step)
+        self.record({f"train/{name}": value for name, value in scalars.items()}, step)
         shown = {
             name.removesuffix("_loss"): f"{value:.3f}" for name, value in losses.items() if value or name != "aux_loss"
         }
@@ -92,6 +167,11 @@ class Progress:
             refresh=False,  # `step` shows it
         )
         self._start_window()
+
+    def record(self, values: dict[str, float], step: int) -> None:
+        """Write a point of each curve."""
+        if self.accelerator.is_main_process and (failure := self.curves.write(values, step)):
+            self.write(failure)
 
     def write(self, line: str) -> None:
         """Print a line above the bar."""

@@ -4,6 +4,7 @@ import pytest
 from mixlm.data.batching import LengthBucketedBatches, training_batches
 from mixlm.data.examples import InverseClozeExamples, SentenceOrderExamples
 from mixlm.data.masking import TokenMasker
+from mixlm.data.retrieval import ClozePairs
 
 VOCAB_SIZE = 5000
 PAD, UNK, CLS, SEP, MASK = SPECIAL_IDS = range(5)
@@ -20,6 +21,9 @@ class ListedCorpus:
     def sentences(self, document, first, last):
         assert document == 0
         return self.all_sentences[first:last]
+
+    def longest_sentence_length(self):
+        return max(map(len, self.all_sentences))
 
 
 @pytest.fixture
@@ -162,3 +166,20 @@ def test_a_limit_keeps_examples_from_the_first_document_to_the_last(corpus):
     assert examples.blocks.tolist() == every
     examples.limit(2)
     assert examples.blocks.tolist() == [every[0], every[-1]]
+
+
+def test_no_batch_of_queries_and_contexts_is_longer_than_the_longest_example(corpus):
+    """With a query from one block and a context, which keeps its own, from another."""
+    examples = make(InverseClozeExamples, corpus, remove_query_probability=0.5)
+    found = [examples[epoch, index] for epoch in range(200) for index in range(len(examples))]
+    longest = examples.longest()
+    assert len(longest["context_input_ids"]) == max(len(example["context_input_ids"]) for example in found) == 30
+    # The sentence of 30 tokens has a block of its own, and is nobody's query.
+    assert max(len(example["input_ids"]) for example in found) == 14
+    assert 14 <= len(longest["input_ids"]) <= 29
+    assert [len(longest[name]) for name in ("labels", "context_labels")] == [len(longest["input_ids"]), 30]
+
+
+def test_the_longest_pair_of_a_corpus_has_no_labels(corpus):
+    pairs = ClozePairs(corpus, BLOCKS, CLS, SEP, MAX_SEQ_LENGTH, 1)
+    assert pairs.longest().keys() == pairs[0, 0].keys() == {"input_ids", "context_input_ids"}

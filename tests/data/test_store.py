@@ -1,8 +1,10 @@
+import errno
 import json
 import logging
 import multiprocessing
 import os
 import pickle
+import shutil
 import time
 import tracemalloc
 from itertools import islice
@@ -391,3 +393,59 @@ def test_real_documents_become_batches(real_data, tmp_path, examples_class, max_
             masked += int((labels != -100).sum())
             tokens += int(attention_mask.sum())
     assert 0.1 < masked / tokens < 0.17
+
+
+def test_a_file_with_two_names_is_read_twice(corpus_file, tokenizer, cache):
+    """As a person gives a text more weight; without the link it is another corpus."""
+    once = open_small(corpus_file.parent, tokenizer, cache)
+    (corpus_file.parent / "link.dat").symlink_to(corpus_file)
+    twice = open_small(corpus_file.parent, tokenizer, cache)
+    assert (once.num_documents, twice.num_documents) == (3, 6) and once.folder != twice.folder
+
+
+def test_a_file_name_that_is_not_utf_8_does_no_harm(corpus_file, tokenizer, cache):
+    named = corpus_file.rename(corpus_file.with_name(os.fsdecode("한글.dat".encode("cp949"))))
+    os.utime(named, (1e9, 1e9))  # so long ago that its hash is remembered
+    assert open_small(named, tokenizer, cache).num_documents == 3
+    (manifest,) = cache.glob("*/manifest.json")
+    assert list(json.loads(manifest.read_text("utf-8"))["source"]["files"]) == [str(named)]
+    assert list(json.loads((cache / "file_hashes.json").read_text("utf-8"))) == [str(named)]
+
+
+def test_a_corpus_file_that_cannot_be_read_is_no_error_of_the_cache(corpus_file, tokenizer, cache, monkeypatch):
+    def refuse(file, progress):
+        raise PermissionError(errno.EACCES, "Permission denied", file)
+
+    monkeypatch.setattr(hashing, "hash_file", refuse)
+    with pytest.raises(UserError, match=f"^{corpus_file}: Permission denied: the corpus file cannot be read$"):
+        open_small(corpus_file, tokenizer, cache)
+
+
+def test_a_disk_that_is_full_when_blocks_are_made_is_one_line(corpus_file, tokenizer, cache, monkeypatch):
+    def fill(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(store, "write_blocks", fill)
+    with pytest.raises(UserError, match="cannot be kept there .*No space left on device.*set MIXLM_CACHE"):
+        open_small(corpus_file, tokenizer, cache).blocks(10)
+
+
+def test_a_leftover_that_disappears_meanwhile_is_no_error(corpus_file, tokenizer, cache, monkeypatch):
+    """Another process finishes its build, or removes what it found, between this one's looking and removing."""
+    (cache / ".corpus-0123.partial").mkdir(parents=True)
+    rmtree = shutil.rmtree
+
+    def after_another(path, **options):
+        rmtree(path)
+        rmtree(path, **options)
+
+    monkeypatch.setattr(store.shutil, "rmtree", after_another)
+    store._remove_leftovers(cache)
+    assert not list(cache.glob("*.partial"))
+
+
+def test_the_longest_sentence_is_found_whatever_the_pieces(corpus_file, tokenizer, cache, monkeypatch):
+    corpus = open_small(corpus_file, tokenizer, cache)
+    for sentences in (1, 2, 5, 6, 7):
+        monkeypatch.setattr(store, "SENTENCES_PER_PASS", sentences)
+        assert corpus.longest_sentence_length() == 4

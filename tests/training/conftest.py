@@ -7,16 +7,9 @@ import pytest
 import torch
 from ranks import Ranks
 from small_runs import Rows, build_arguments, build_model, run_small
-from tensorboard.summary.writer import event_file_writer
 
 from mixlm.data.batching import collate
 from mixlm.training.arguments import TrainingArguments
-
-
-@pytest.fixture(autouse=True)
-def event_files_in_order(monkeypatch):
-    """Event files are read in the order of their names, which within a second ends with a number: 9 is after 10."""
-    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
 
 
 @pytest.fixture

@@ -62,6 +62,21 @@ def test_a_run_that_goes_on_remembers_the_best(training):
     assert read_state(training.output_dir / "run" / "checkpoints" / "step-00000006")["best"]["step"] == 2
 
 
+def test_a_run_that_is_made_longer_remembers_the_best(training):
+    """Its last evaluation was made after its last checkpoint, whatever the step, and is made again."""
+    assert training([5, 9], num_steps=3, save_total_limit=1) == Evaluation(3, {"score": 9})
+    assert training([9, 7, 6], resume="auto", save_total_limit=1) == Evaluation(3, {"score": 9})
+    assert training.kept == ["step-00000003", "step-00000006"]
+
+
+def test_a_best_that_is_damaged_is_forgotten_before_the_first_step(training, capsys):
+    training([9, 5], num_steps=4)
+    folder = training.output_dir / "run" / "checkpoints" / "step-00000002"
+    (folder / "optimizer.safetensors").write_bytes(b"damaged")
+    assert training([5, 7], resume="auto") == Evaluation(6, {"score": 7})
+    assert f"passed over: {folder / 'optimizer.safetensors'}: damaged" in capsys.readouterr().out
+
+
 def test_a_best_that_was_deleted_is_forgotten(training):
     training([9, 5], num_steps=4)
     folder = training.output_dir / "run" / "checkpoints" / "step-00000002"

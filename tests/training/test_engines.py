@@ -1,7 +1,6 @@
 """Every sharding engine trains as one process does, and their checkpoints are one another's."""
 
 import json
-import time
 from pathlib import Path
 
 import numpy as np
@@ -37,11 +36,6 @@ def one_process(tmp_path_factory):
         return folders[key]
 
     return train
-
-
-def wait_for_the_next_second() -> None:
-    """TensorBoard orders the files of a run by the second of their names."""
-    time.sleep(1 - time.time() % 1)
 
 
 def checkpoint(output_dir: Path, step: int) -> dict[str, torch.Tensor]:
@@ -196,7 +190,6 @@ def test_a_checkpoint_goes_on_under_any_other_engine(tmp_path, two_ranks, four_r
     for number, (ranks, processes, case, micro_batches) in enumerate(stages, start=1):
         stage = {"num_steps": 2 * number, "resume": "auto", "gradient_accumulation_steps": micro_batches}
         stage["train_batch_size"] = ROWS_PER_STEP // processes // micro_batches  # so that the order stays
-        wait_for_the_next_second()
         everything = (str(tmp_path / "stages"), {**arguments, **case._asdict(), **stage}, run)
         train_on_a_rank(*everything) if ranks is None else ranks(train_on_a_rank, *everything)
     np.testing.assert_allclose(

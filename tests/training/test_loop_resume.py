@@ -4,6 +4,7 @@ import dataclasses
 import shutil
 
 import pytest
+import small_runs
 import torch
 from accelerate import Accelerator
 from small_runs import assert_same_checkpoint, checkpoint_names, curves_without_speed
@@ -225,14 +226,39 @@ def test_the_order_is_of_the_rows_of_all_processes(changed, has_changed):
 
 
 def test_tokens_cut_steps_whatever_the_processes():
-    by_tokens = {**LAID_OUT, "tokens_per_step": 512}
+    by_tokens = {**LAID_OUT, "tokens_per_step": 512, "max_seq_length": 128}
     assert not order_has_changed({**by_tokens, "processes": 1}, by_tokens, ("tokens_per_step",))
     assert order_has_changed(LAID_OUT, by_tokens, ("tokens_per_step",))
 
 
+def test_a_step_has_a_row_for_each_process_also_where_these_have_more_tokens():
+    """512 tokens are 4 rows of 128, and 8 processes have one each."""
+    by_tokens = {**LAID_OUT, "gradient_accumulation_steps": 1, "tokens_per_step": 512, "max_seq_length": 128}
+    eight, two = {**by_tokens, "processes": 8}, by_tokens
+    assert order_has_changed(eight, two, ("tokens_per_step",)) and order_has_changed(two, eight, ("tokens_per_step",))
+    assert not order_has_changed(eight, eight, ("tokens_per_step",))
+
+
+def test_where_the_data_has_changed_it_comes_anew(
+    make_arguments, run_training, checkpoint_folder, capsys, monkeypatch
+):
+    """In the middle of an epoch of 4 steps the same place would be that of other rows."""
+    run_training(make_arguments(num_steps=6))
+    before = read_state(checkpoint_folder(make_arguments(), 6))["arguments"]["data"]
+    rows = small_runs.Rows
+    monkeypatch.setattr(small_runs, "Rows", lambda task, size=37: rows(task, size + 1))
+    again = make_arguments(num_steps=7, resume="auto")
+    run_training(again)
+    state = read_state(checkpoint_folder(again, 7))
+    assert state["position"]["epoch"] == 2 and state["arguments"]["data"] != before
+    said = capsys.readouterr().out
+    assert f"changed since then: data {before} -> {state['arguments']['data']}\n" in said
+    assert "so its data comes in another order, and begins anew" in said
+
+
 def test_what_an_older_version_did_not_know_has_not_changed():
     earlier = {name: value for name, value in LAID_OUT.items() if name not in ("seed", "processes")}
-    assert not order_has_changed(earlier, LAID_OUT, ("seed",))
+    assert not order_has_changed(earlier, {**LAID_OUT, "data": "5eed"}, ("seed", "data"))
 
 
 @pytest.mark.parametrize(

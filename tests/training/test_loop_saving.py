@@ -11,13 +11,16 @@ from small_runs import assert_same_checkpoint, checkpoint_names
 
 from mixlm.errors import UserError
 from mixlm.training import checkpoint as checkpoint_module
+from mixlm.training import tracking
+from mixlm.training.report import read_curves
 
 
 def test_the_checkpoint_holds_the_resolved_arguments(make_arguments, run_training, checkpoint_folder):
     arguments = make_arguments(num_steps=1)
     run_training(arguments)
     state = json.loads((checkpoint_folder(arguments, 1) / "state.json").read_text("utf-8"))
-    assert state["arguments"] == {**arguments.to_dict(), "processes": 1}
+    data = state["arguments"].pop("data")
+    assert state["arguments"] == {**arguments.to_dict(), "processes": 1} and len(data) == 16
     assert state["arguments"]["scheduler_num_steps"] == 1 and state["scaler"] is None
 
 
@@ -87,3 +90,54 @@ def test_a_full_disk_when_a_run_is_stopped_is_an_error(make_arguments, run_train
     full_disk(1)
     with pytest.raises(UserError, match="step-00000001: .*no checkpoint was written yet"):
         run_training(make_arguments(max_minutes=1e-9))
+
+
+class RoomFor:
+    """A file of TensorBoard's on a disk with so many bytes of room: what is beyond is not written."""
+
+    room = 0
+
+    def __init__(self, file):
+        self.file = file
+
+    def write(self, data):
+        written = self.file.write(data[: RoomFor.room])
+        RoomFor.room -= written
+        if written < len(data):
+            self.file.flush()
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    def flush(self):
+        self.file.flush()
+
+    def close(self):
+        self.file.close()
+
+
+def test_curves_that_cannot_be_written_do_not_stop_the_run(make_arguments, run_training, monkeypatch, capsys):
+    """The disk fills in the middle of a record of step 3, and has room again from step 5 on."""
+    records, log = tracking.RecordWriter, tracking.Progress.log
+    monkeypatch.setattr(tracking, "RecordWriter", lambda file: records(RoomFor(file)))
+
+    def log_with_room(progress, step, *others):
+        RoomFor.room = {3: 40, 4: 0}.get(step, 10_000)
+        log(progress, step, *others)
+
+    monkeypatch.setattr(tracking.Progress, "log", log_with_room)
+    arguments = make_arguments(num_steps=6)
+    run_training(arguments)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "cannot be written" in line]
+    assert line == (
+        f"{arguments.run_folder / 'tensorboard'}: curves cannot be written: No space left on device; make room; "
+        "training goes on, and its curves when they can"
+    )
+    assert [step for step, _ in read_curves(arguments.run_folder)["train/loss"]] == [1, 2, 5, 6]
+    assert len(list((arguments.run_folder / "tensorboard").iterdir())) == 2
+
+
+def test_curves_of_runs_within_a_second_are_read_in_their_order(tmp_path):
+    for step in range(12):
+        writer = tracking.CurveWriter(tmp_path, first_step=step)
+        assert writer.write({"train/loss": 1.0 + step}, step + 1) == writer.write({"train/loss": 0.0}, step + 2) == ""
+        writer.close()
+    assert read_curves(tmp_path)["train/loss"] == [*((step, float(step)) for step in range(1, 13)), (13, 0.0)]

@@ -45,6 +45,14 @@ def test_files_of_others_are_not_called_a_run(tmp_path):
         prepare_run(build_arguments(str(tmp_path)))
 
 
+@pytest.mark.parametrize("left", [".run.json.partial", ".writable", "tensorboard"])
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(tmp_path, left):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / left).touch()
+    reset_accelerate()
+    prepare_run(build_arguments(str(tmp_path), resume="auto"))
+
+
 def test_checkpoints_may_be_a_link_to_another_disk(tmp_path):
     """A new run empties what it points to, and leaves the link and what is not its own."""
     elsewhere = tmp_path / "disk"
