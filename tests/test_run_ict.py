@@ -184,9 +184,10 @@ def test_text_without_questions(run, flags, tmp_path):
 
 
 def test_an_interrupted_run_goes_on_and_is_the_same(run, tmp_path):
-    whole = run(output_dir=tmp_path / "whole", num_steps=4)
-    run(output_dir=tmp_path / "parts", num_steps=2, scheduler_num_steps=4, save_steps=1)
-    parts = run(output_dir=tmp_path / "parts", num_steps=4, resume="auto")
+    """Where it ends it is evaluated, which can be best: so the whole one is evaluated there too."""
+    whole = run(output_dir=tmp_path / "whole", num_steps=4, eval_steps=2)
+    run(output_dir=tmp_path / "parts", num_steps=2, eval_steps=2, scheduler_num_steps=4, save_steps=1)
+    parts = run(output_dir=tmp_path / "parts", num_steps=4, eval_steps=2, resume="auto")
     assert_same_weights(parts, whole)
     assert results(parts) == results(whole)
 
