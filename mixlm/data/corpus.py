@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from mixlm.data.text_files import numbered_lines
 from mixlm.errors import UserError, one_line
+from mixlm.progress import draws_over
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
@@ -145,9 +146,11 @@ def load_splits(
         UserError: it cannot be loaded.
     """
     # Takes a second: only for those who use it.
-    from datasets import Dataset, IterableDataset, load_from_disk
+    from datasets import Dataset, IterableDataset, disable_progress_bars, load_from_disk
     from datasets.exceptions import DatasetsError
 
+    if not draws_over():
+        disable_progress_bars()  # its bars would be one long line of a log
     if isinstance(dataset, str | Path):
         path = Path(dataset)
         is_saved_to_disk = path.is_dir() and any(

@@ -1,6 +1,9 @@
 import gzip
 import json
 import lzma
+import os
+import subprocess
+import sys
 import unicodedata
 
 import pytest
@@ -213,3 +216,12 @@ def test_decomposed_hangul_is_composed(tmp_path):
     file.write_text(f"{decomposed}\n\n둘째 문서이다.\n", "utf-8")
     assert next(read_documents(file)).sentences == ["한강은 서울을 지난다."]
     assert split_sentences(decomposed) == ["한강은 서울을 지난다."]
+
+
+def test_loading_a_dataset_leaves_no_bar_in_a_log(tmp_path):
+    (tmp_path / "text.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    file = str(tmp_path / "text.jsonl")
+    program = f"from mixlm.data.corpus import load_splits; print(len(load_splits({file!r})['train']))"
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("2\n", "")
