@@ -1,8 +1,8 @@
 """A web page, and an interface for programs, that answer questions from an index (`mixlm serve`).
 
 `POST /api/answer` with the JSON object {"question": "..."} gives what `result_of` returns, as JSON. Otherwise there is
-{"error": "..."}: with status 400 what cannot be answered, see `problem_of`, 413 a body of more than 64 KiB, and 503 a
-question where 200 are waiting.
+{"error": "..."}: with status 400 what cannot be answered, see `problem_of`, 413 a body of more than 64 KiB or one
+whose Content-Length does not say its size, and 503 a question where 200 are waiting.
 
 The page is at / in Korean and at /en in English. It asks nothing of any other server.
 """
@@ -16,6 +16,7 @@ from typing import Any
 import gradio
 from anyio import CapacityLimiter, to_thread
 from fastapi import FastAPI, Request
+from fastapi.datastructures import Headers
 from fastapi.responses import JSONResponse
 
 from .open_qa import OpenQA
@@ -187,8 +188,9 @@ def build_app(answering: OpenQA, examples: Sequence[str]) -> FastAPI:
     async def guard(request: Request, handle):
         if "upload" in request.url.path.split("/"):  # Gradio would keep any file of anybody, and show it to all
             return JSONResponse({"error": "files are not taken"}, 404)
-        if request.method == "POST" and not _is_small(request.headers.get("content-length", "")):
-            return JSONResponse({"error": f"a request has at most {LARGEST_BODY:,} bytes, and says how many"}, 413)
+        if request.method == "POST" and not _is_small(request.headers):
+            problem = f"a request has at most {LARGEST_BODY:,} bytes, and its Content-Length alone says how many"
+            return JSONResponse({"error": problem}, 413)
         response = await handle(request)
         response.headers["Content-Security-Policy"] = _ONLY_FROM_HERE
         return response
@@ -250,8 +252,11 @@ def build_app(answering: OpenQA, examples: Sequence[str]) -> FastAPI:
         )
 
 
-def _is_small(length: str) -> bool:
-    return length.isdecimal() and int(length) <= LARGEST_BODY
+def _is_small(headers: Headers) -> bool:
+    """Whether a body is known to be small before it comes."""
+    # Where there is a Transfer-Encoding, the body is as long as its chunks are, and the Content-Length says nothing.
+    length = headers.get("content-length", "")
+    return "transfer-encoding" not in headers and length.isdecimal() and int(length) <= LARGEST_BODY
 
 
 def result_html(result: dict[str, Any], labels: Labels) -> str:

@@ -207,7 +207,11 @@ def test_a_large_body_is_not_read(address):
     too_large = {"Content-Length": str(LARGEST_BODY + 1)}
     assert status_before_body(address, "/api/answer", too_large) == 413
     assert status_before_body(address, "/gradio_api/queue/join", too_large) == 413
-    assert status_before_body(address, "/api/answer", {"Transfer-Encoding": "chunked"}) == 413
+    chunked = {"Transfer-Encoding": "chunked"}
+    assert status_before_body(address, "/api/answer", chunked) == 413
+    for path in ("/api/answer", "/gradio_api/queue/join"):  # the chunks count then, and not the length
+        assert status_before_body(address, path, {"Content-Length": "10", **chunked}) == 413
+        assert status_before_body(address, path, {**chunked, "Content-Length": "10"}) == 413
 
 
 def status_before_body(address, path, headers):
