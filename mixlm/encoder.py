@@ -177,12 +177,13 @@ class MixLMEncoder:
         return self._encode([self.tokenizer.empty_passage], are_passages=True)[0]
 
     def fingerprint(self) -> dict[str, Any]:
-        """What the vectors depend on: hashes of weights and tokenizer, and settings."""
+        """What the vectors depend on: hashes of weights and tokenizer, the normal form of texts, and settings."""
         words = hashlib.blake2b(self.tokenizer.backend.to_str().encode(), digest_size=16)
         names = ("pooler", "normalize_embeddings", "two_towers")
         return {
             "weights": hash_of_weights(self.model),
             "tokenizer": words.hexdigest(),
+            "normal_form": self.tokenizer.normal_form,
             **{name: getattr(self.model.config, name) for name in names},
             **asdict(self.encoding),
         }

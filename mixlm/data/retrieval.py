@@ -1,5 +1,6 @@
 """Questions and the passages that answer them, as token ids: what a retriever learns from, and what it encodes."""
 
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -44,13 +45,18 @@ class RetrievalTokenizer:
     """Texts as a retriever sees them.
 
     A query is [CLS] query [SEP]; a passage [CLS] title [SEP] text [SEP], as in DPR (arXiv:2004.04906, section 3), or
-    [CLS] text [SEP] where it has no title. What is too long is cut at its end.
+    [CLS] text [SEP] where it has no title. All are composed to NFC first. What is too long is cut at its end.
 
     Args:
         tokenizer: any fast tokenizer with [CLS] and [SEP].
         max_query_length: most tokens of a query, special ones included.
         max_passage_length: likewise of a passage.
+
+    Attributes:
+        normal_form: of Unicode, what texts are composed to.
     """
+
+    normal_form = "NFC"  # vectors of texts in another form are other vectors: see `MixLMEncoder.fingerprint`
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, max_query_length: int = 64, max_passage_length: int = 256):
         self.pad_token_id = tokenizer.pad_token_id
@@ -90,7 +96,8 @@ class RetrievalTokenizer:
         encoded: list[list[int]] = []
         with progress_bar(desc=f"tokenizing {unit}", total=len(texts), unit=f" {unit}", leave=False) as progress:
             for first in range(0, len(texts), ENCODE_BATCH):
-                batch = list(texts[first : first + ENCODE_BATCH])
+                # A vocabulary has syllables, and not the letters that decomposed ones consist of.
+                batch = [unicodedata.normalize(self.normal_form, text) for text in texts[first : first + ENCODE_BATCH]]
                 encoded += [
                     encoding.ids for encoding in self.backend.encode_batch_fast(batch, add_special_tokens=False)
                 ]

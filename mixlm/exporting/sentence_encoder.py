@@ -4,6 +4,7 @@ This file is written into what `mixlm export sentence-transformers` makes and is
 no other file of which it imports.
 """
 
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
@@ -57,7 +58,7 @@ class RetrievalEncoder(InputModule):
     ) -> dict[str, Tensor]:
         """Texts as `input_ids` and `attention_mask`, [texts, longest].
 
-        [CLS] text [SEP], or [CLS] title [SEP] text [SEP]; what is too long is cut at its end.
+        [CLS] text [SEP], or [CLS] title [SEP] text [SEP], composed to NFC; what is too long is cut at its end.
         """
         longest = self.encoding["max_query_length" if task == "query" else "max_passage_length"]
         pairs = [("", text) if isinstance(text, str) else tuple(text) for text in inputs]
@@ -120,7 +121,8 @@ class RetrievalEncoder(InputModule):
         return cls(model, tokenizer, encoding)
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self.backend.encode_batch(list(texts), add_special_tokens=False)]
+        composed = [unicodedata.normalize("NFC", text) for text in texts]
+        return [encoding.ids for encoding in self.backend.encode_batch(composed, add_special_tokens=False)]
 
     def _joined(self, parts: list[list[int]], longest: int) -> list[int]:
         ids = [self.tokenizer.cls_token_id]

@@ -3,6 +3,7 @@
 import gzip
 import json
 import pickle
+import unicodedata
 
 import numpy as np
 import pytest
@@ -51,6 +52,13 @@ def test_what_is_too_long_is_cut_at_its_end():
     ]
     whole = [CLS, SEOUL, SEP, KOREA, CAPITAL, SEP]
     assert lists(tokenizer.passages(passages)) == [whole, whole, [CLS, *[SEOUL] * 4, SEP]]
+
+
+def test_decomposed_hangul_has_the_tokens_of_its_syllables():
+    tokenizer = RetrievalTokenizer(tiny_tokenizer())
+    decomposed = [unicodedata.normalize("NFD", text) for text in ("서울", "한국 수도")]
+    assert lists(tokenizer.queries(decomposed)) == [[CLS, SEOUL, SEP], [CLS, KOREA, CAPITAL, SEP]]
+    assert lists(tokenizer.passages([Passage("1", *decomposed)])) == [[CLS, SEOUL, SEP, KOREA, CAPITAL, SEP]]
 
 
 def test_the_name_of_a_special_token_in_a_text_is_text():

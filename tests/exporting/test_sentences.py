@@ -2,6 +2,7 @@
 
 import json
 import re
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,9 @@ from mixlm.exporting.sentences import export_sentence_transformers
 DOCS = Path(__file__).parents[2] / "docs" / "export.md"
 CODE_OF_DOCS = re.findall(r"```python\n(.*?)```", DOCS.read_text("utf-8"), flags=re.DOTALL)[0]
 LONG = "서울 은 한국 의 수도 이다 . " * 4
-QUERIES = ["서울", "서울 은 한국 의 수도 이다 .", "[SEP] 한국 [MASK]", LONG, "", " 한국"]
-TITLES = ["", "한국", "[CLS]", "서울 수도", "한국", " "]
+DECOMPOSED = unicodedata.normalize("NFD", "한국 수도")
+QUERIES = ["서울", "서울 은 한국 의 수도 이다 .", "[SEP] 한국 [MASK]", LONG, "", " 한국", DECOMPOSED]
+TITLES = ["", "한국", "[CLS]", "서울 수도", "한국", " ", DECOMPOSED]
 PASSAGES = [Passage(str(n), title, text) for n, (title, text) in enumerate(zip(TITLES, QUERIES, strict=True))]
 MODELS = {
     "decoder": (mixlm.MixLMForRetrieval, {}),

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -133,6 +134,27 @@ def test_another_encoder_is_refused(folder, retriever, other_retriever, capsys):
     )
     error = error_of(capsys, f"search --index index --model {other_retriever} --query x")
     assert f"weights is {here} there and {other} now; give the model that encoded its passages" in error
+
+
+def test_decomposed_questions_find_what_composed_ones_find(search):
+    decomposed = [unicodedata.normalize("NFD", question) for question in QUESTIONS]
+    for find in (search.dense, search.hybrid, search.index.find):
+        assert list(find(decomposed, 10)) == list(find(QUESTIONS, 10))
+
+
+def test_vectors_of_texts_that_were_not_composed_are_refused(tmp_path, passages, retriever, monkeypatch):
+    whole = MixLMEncoder.fingerprint
+    with monkeypatch.context() as patch:  # as it was when texts were encoded as they came
+        patch.setattr(
+            MixLMEncoder,
+            "fingerprint",
+            lambda self: {name: value for name, value in whole(self).items() if name != "normal_form"},
+        )
+        build(passages, retriever, tmp_path)
+    with pytest.raises(UserError, match="has other vectors: normal_form is None there and NFC now"):
+        encode_passages(passages, retriever, tmp_path / "vectors")
+    with pytest.raises(UserError, match="was built with another encoder: normal_form is None there and NFC now"):
+        Search(open_index(tmp_path / "index"), MixLMEncoder.from_pretrained(retriever, "cpu"))
 
 
 def test_vectors_that_the_encoder_does_not_give_are_found_out(folder, search, passages, retriever, monkeypatch):
