@@ -1,6 +1,7 @@
 """How good answers from a collection are, and whose errors the wrong ones are."""
 
 import math
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -34,9 +35,13 @@ class JudgedAnswer:
 def score_open_answer(
     answer: str, references: Sequence[str], score: Callable[[str, Sequence[str]], AnswerScore]
 ) -> AnswerScore:
-    """As `score`, which knows answers alone; where there are no references, "" is right."""
+    """As `score`, which knows answers alone; where there are no references, "" is right.
+
+    What is compared is composed to NFC: the answer is from a passage, whose file may have another form than the
+    reference's.
+    """
     if references:
-        return score(answer, references)
+        return score(_composed(answer), [_composed(reference) for reference in references])
     return NOTHING_RIGHT if answer else AnswerScore(1.0, 1.0)
 
 
@@ -61,9 +66,13 @@ def judge_answer(
     first_hit = has_answer.index(True) + 1 if any(has_answer) else None
     fault: Fault | None = None
     if not exact_match:
-        was_read = any(score(read, references).exact_match for _, read in candidates)
+        was_read = any(score_open_answer(read, references, score).exact_match for _, read in candidates)
         fault = "choice" if was_read or not references else "reader" if first_hit else "retriever"
     return JudgedAnswer(exact_match, f1, first_hit, fault, is_answerable=bool(references))
+
+
+def _composed(text: str) -> str:
+    return unicodedata.normalize("NFC", text)
 
 
 def open_qa_metrics(judged: Sequence[JudgedAnswer], top_k: int) -> dict[str, float]:

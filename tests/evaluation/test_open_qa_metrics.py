@@ -70,6 +70,16 @@ def test_texts_are_searched_as_they_look():
         assert judged("", [(text, "")], (reference,)).first_hit == 1
 
 
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+@pytest.mark.parametrize("other_form", ["NFC", "NFD"])
+def test_an_answer_is_compared_as_it_looks(form, other_form):
+    answer, text = (unicodedata.normalize(form, text) for text in ("큰 섬", "가장 큰 섬이다."))
+    references = (unicodedata.normalize(other_form, "큰 섬"),)
+    assert judged(answer, [(text, answer)], references) == JudgedAnswer(1, 1, 1, None)
+    assert judged("", [(text, answer)], references) == JudgedAnswer(0, 0, 1, "choice")
+    assert score_open_answer(answer, references, score_korquad_v1) == (1, 1)
+
+
 def test_metrics_are_means_in_percent():
     metrics = open_qa_metrics(
         [
