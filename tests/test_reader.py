@@ -11,7 +11,7 @@ from transformers import AutoModelForQuestionAnswering
 import mixlm
 from mixlm import cli
 from mixlm.errors import UserError
-from mixlm.reader import Decoding, MixLMReader
+from mixlm.reader import Decoding, MixLMReader, ReadAnswer
 from mixlm.tokenization import load_tokenizer, train_tokenizer
 
 CONTEXT = "그는 서울에서 태어났다. 나중에 부산에서 살았다. " * 6
@@ -91,6 +91,27 @@ def test_a_byte_order_mark_is_no_text(folder, tmp_path, capsys):
         cli.main(["read", "--model", str(folder), *flags])
         said.append(capsys.readouterr().out)
     assert said[0] == said[1]
+
+
+def test_an_answer_is_a_place_in_the_file_and_takes_one_line(folder, tmp_path, capsys, monkeypatch):
+    context = "옛날\r\n서울\r\n부산"
+    (tmp_path / "context.txt").write_bytes(context.encode())
+    (tmp_path / "asked.jsonl").write_text(
+        "\n".join(json.dumps({"id": name, "question": "어디?", "context": context}) for name in "ab")
+    )
+    monkeypatch.setattr(
+        MixLMReader,
+        "answers",
+        lambda self, questions, contexts: [ReadAnswer(each[4:10], 4, 10, 1.0, None) for each in contexts],
+    )
+    one = ["read", "--model", str(folder), "--question", "어디?", "--context_file", str(tmp_path / "context.txt")]
+    cli.main(one)
+    assert capsys.readouterr().out == "서울 부산  100.0%  characters 4 to 10\n"
+    cli.main([*one, "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["text"] == "서울\r\n부산" == context[found["start"] : found["end"]]
+    cli.main(["read", "--model", str(folder), "--file", str(tmp_path / "asked.jsonl")])
+    assert capsys.readouterr().out == "a  서울 부산  100.0%\nb  서울 부산  100.0%\n"
 
 
 @pytest.mark.parametrize("answers", [{}, {"answers": []}, {"answers": {"text": [""], "answer_start": [-1]}}])

@@ -5,7 +5,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..files import require_free
 from .finding import text_of
 from .tables import table
@@ -124,12 +124,13 @@ def read_verb(arguments: argparse.Namespace) -> None:
         reader.decoding = replace(reader.decoding, korean_particles=True)
     names, texts, contexts = zip(*questions, strict=True)
     for name, answer in zip(names, reader.answers(texts, contexts), strict=True):
+        shown = f"{one_line(answer.text) or '(no answer)'}  {answer.score:.1%}"
         if arguments.json:
             print(json.dumps({"id": name, **answer._asdict()}, ensure_ascii=False))
         elif len(questions) == 1:
-            print(f"{answer.text or '(no answer)'}  {answer.score:.1%}  characters {answer.start} to {answer.end}")
+            print(f"{shown}  characters {answer.start} to {answer.end}")
         else:
-            print(f"{name}  {answer.text or '(no answer)'}  {answer.score:.1%}")
+            print(f"{name}  {shown}")
 
 
 def _questions_to_read(arguments: argparse.Namespace) -> list[tuple[str, str, str]]:
@@ -138,7 +139,8 @@ def _questions_to_read(arguments: argparse.Namespace) -> list[tuple[str, str, st
         question, context = text_of("--question", arguments.question), arguments.context
         if context is None:
             try:
-                context = arguments.context_file.read_text("utf-8-sig")  # without a byte order mark
+                # Without a byte order mark, and line breaks as they are: an answer is a place in the file.
+                context = arguments.context_file.read_bytes().decode("utf-8-sig")
             except (OSError, UnicodeDecodeError) as error:
                 raise UserError(f"--context_file {arguments.context_file}: cannot be read: {error}") from error
         if not question.strip() or not context.strip():
