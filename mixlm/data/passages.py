@@ -4,7 +4,7 @@ Text is handed out as its file has it (that of a corpus in NFC). What can be rea
 
 * `.jsonl`: an object a line, with "id" (BEIR: "_id"), "text" and, if there is one, "title".
 * `.tsv`: id, text and, if there is one, title, separated by tabs, as in DPR's psgs_w100.tsv; a header is passed over,
-  and a field in quotation marks is taken out of them.
+  and a field in quotation marks is taken out of them. No field holds a tab or a line break.
 * `.json`: as SQuAD has it. Each paragraph is a passage; its id is FILE-ARTICLE-PARAGRAPH, the name of the file without
   suffixes and two numbers, counted from 0.
 * `.dat`: documents, one sentence a line (`mixlm.data.corpus`), cut into windows of whole sentences. The id is
@@ -157,7 +157,7 @@ def _json_passages(file: Path) -> Iterator[tuple[str, Passage]]:
 def _tsv_passages(file: Path) -> Iterator[tuple[str, Passage]]:
     for count, (number, line) in enumerate(filled_lines(file, "passage")):
         place = f"{file}, line {number}"
-        fields = [_unquoted(field) for field in line.rstrip("\r\n").split("\t")]
+        fields = [_unquoted(field, place) for field in line.rstrip("\r\n").split("\t")]
         if count == 0 and fields in _TSV_HEADERS:
             continue
         if len(fields) not in (2, 3):
@@ -179,9 +179,15 @@ def _corpus_passages(file: Path, name: str, window_characters: int) -> Iterator[
             yield f"{file}, line {document.line}", Passage(f"{name}-{document.line}-{number}", "", text)
 
 
-def _unquoted(field: str) -> str:
-    quoted = _QUOTED.fullmatch(field)
-    return quoted[1].replace('""', '"') if quoted else field
+def _unquoted(field: str, place: str) -> str:
+    if quoted := _QUOTED.fullmatch(field):
+        return quoted[1].replace('""', '"')
+    if field.startswith('"') and field.count('"') % 2:  # an even number is of words that are quoted in the text
+        raise UserError(
+            f"{place}: a quoted field, which begins with {field!r:.40}, holds a tab or a line break; put a blank "
+            "there, or write the passages as JSON lines"
+        )
+    return field
 
 
 def _check(passage: Passage, place: str) -> None:
