@@ -181,10 +181,11 @@ def test_the_answers_to_a_file_are_judged(folder, capsys, monkeypatch):
     assert {each["text"] for each in answers[2]["candidates"]} >= {"1443년", "9일"}
 
 
-def test_the_questions_of_some_articles_alone(folder, capsys, monkeypatch):
+@pytest.mark.parametrize("articles", [["--articles", ":1"], ["--articles=-4:1"]])
+def test_the_questions_of_some_articles_alone(folder, capsys, monkeypatch, articles):
     use_reader(monkeypatch, MarkingReader())
     usual_questions()
-    main([*ASK, "--questions", "squad.json", "--articles", ":1", "--json"])
+    main([*ASK, "--questions", "squad.json", *articles, "--json"])
     metrics = json.loads(capsys.readouterr().out)
     assert (metrics["questions"], metrics["exact_match"], metrics["metric"]) == (1, 100, "korquad_v1")
     assert (metrics["weight"], metrics["threshold"]) == (2, None)

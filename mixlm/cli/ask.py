@@ -49,7 +49,11 @@ def add_ask_parser(subparsers) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("question", nargs="?", metavar="QUESTION", help="a question")
     source.add_argument("--questions", type=Path, metavar="FILE", help="many, with answers: SQuAD-style .json")
-    parser.add_argument("--articles", metavar="RANGE", help="of --questions, those of these alone, such as 110:140")
+    parser.add_argument(
+        "--articles",
+        metavar="RANGE",
+        help="of --questions, those of these alone, such as 110:140; --articles=-30: are the last 30",
+    )
     parser.add_argument(
         "--tune",
         action="store_true",

@@ -36,7 +36,11 @@ def add_mine_parser(subparsers) -> None:
     add_index_arguments(parser)
     add_mode_argument(parser)
     parser.add_argument("--questions", type=Path, required=True, metavar="FILE", help="SQuAD-style .json")
-    parser.add_argument("--articles", metavar="RANGE", help="the questions of these alone, such as 0:110")
+    parser.add_argument(
+        "--articles",
+        metavar="RANGE",
+        help="the questions of these alone, such as 0:110; --articles=-30: are the last 30",
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help=".jsonl, also .jsonl.gz or .jsonl.xz")
     parser.add_argument(
         "--per_question", type=int, default=8, metavar="N", help="most negatives of a question (default: %(default)s)"

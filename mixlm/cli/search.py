@@ -255,7 +255,9 @@ def evaluate_verb(arguments: argparse.Namespace) -> None:
 
 def _add_articles_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--articles", metavar="RANGE", help="of SQuAD-style --qrels: the questions of these alone, such as 110:140"
+        "--articles",
+        metavar="RANGE",
+        help="of SQuAD-style --qrels: the questions of these alone, such as 110:140; --articles=-30: are the last 30",
     )
 
 

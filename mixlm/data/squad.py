@@ -207,7 +207,10 @@ def select_articles(examples: Sequence[ReadingExample], article_range: str) -> l
     """
     match = re.fullmatch(r"\s*([+-]?\d+)?\s*:\s*([+-]?\d+)?\s*", article_range, re.ASCII)
     if match is None:
-        raise UserError(f'articles "{article_range}": not a range; write FIRST:LAST, such as 0:110, 110: or -30:')
+        raise UserError(
+            f'articles "{article_range}": not a range; write FIRST:LAST, such as 0:110, 110: or -30: (a flag needs = '
+            "before a hyphen: --articles=-30:)"
+        )
     first, last = (int(border) if border else None for border in match.groups())
     articles = 1 + max((example.article for example in examples), default=-1)
     chosen = range(articles)[first:last]

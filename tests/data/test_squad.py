@@ -373,7 +373,8 @@ class TestArticles:
 
     @pytest.mark.parametrize("text", ["", "5", "a:b", "0:10:2", "1.5:2", "0-10", "0:1 1", "٣:٤"])
     def test_no_range(self, examples, text):
-        assert "0:110" in refused(select_articles, examples, text)
+        message = refused(select_articles, examples, text)
+        assert "0:110" in message and "--articles=-30:" in message
 
     @pytest.mark.parametrize("text", ["20:", "5:5", "6:5", ":-20", "100:200"])
     def test_empty_range(self, examples, text):
