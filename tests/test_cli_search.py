@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 
 import pytest
 
@@ -66,6 +67,13 @@ def test_morphemes(folder, capsys):
     capsys.readouterr()
     main(["search", "--index", "morphemes", "--query", "섬에서"])
     assert "jeju" in capsys.readouterr().out
+
+
+def test_what_cannot_be_written_is_refused_before_the_search(folder, capsys):
+    os.mkfifo("pipe.jsonl")
+    for out in ("index", "pipe.jsonl"):
+        error = error_of(capsys, *f"search --index absent --queries questions.jsonl --out {out}".split())
+        assert f"--out {out}: is no file; use another name" in error
 
 
 def test_bad_input_is_one_line_and_leaves_nothing(folder, capsys):

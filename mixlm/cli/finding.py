@@ -101,8 +101,16 @@ def open_search(index: "Index | ShardedIndex", arguments: argparse.Namespace) ->
     return search
 
 
+def require_file(out: Path) -> None:
+    """Raise UserError unless --out can be a file: before the work, which may take hours, and not after."""
+    if not out.parent.is_dir():
+        raise UserError(f"--out {out}: no such folder; make it first")
+    if out.exists() and not out.is_file():
+        raise UserError(f"--out {out}: is no file; use another name")
+
+
 def require_json_lines(out: Path, content: str) -> None:
-    """Raise UserError unless --out can be a file of JSON lines: before the work, which may take hours, and not after.
+    """Raise UserError unless --out can be a file of JSON lines, as `require_file` does.
 
     Args:
         out: the file.
@@ -112,10 +120,7 @@ def require_json_lines(out: Path, content: str) -> None:
 
     if plain_suffix(out) != ".jsonl":
         raise UserError(f"--out {out}: {content} are written a question a line; name it .jsonl")
-    if not out.parent.is_dir():
-        raise UserError(f"--out {out}: no such folder; make it first")
-    if out.exists() and not out.is_file():
-        raise UserError(f"--out {out}: is no file; use another name")
+    require_file(out)
 
 
 def require_outside(out: Path, name: str, questions: Path) -> None:

@@ -15,6 +15,7 @@ from .finding import (
     open_find,
     open_indexes,
     open_search,
+    require_file,
     require_outside,
     text_of,
 )
@@ -133,9 +134,8 @@ def search_verb(arguments: argparse.Namespace) -> None:
         raise UserError("--queries and --out belong together; give --query alone to see its hits")
     if arguments.json and out is not None:
         raise UserError("--json is for --query; leave it out, and let the name of --out end in .jsonl")
-    if out is not None and not out.parent.is_dir():
-        raise UserError(f"--out {out}: no such folder; make it first")
     if out is not None:
+        require_file(out)
         require_outside(out, "queries", arguments.queries)
     from ..data.text_files import plain_suffix, write_text
     from ..evaluation.retrieval_files import read_queries, require_words, write_run
