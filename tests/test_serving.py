@@ -333,6 +333,8 @@ def test_errors_are_one_line(folder, capsys, monkeypatch):
         assert "cannot listen there" in error_of(capsys, *index, *reader, "--port", port)
     assert "must be 0 to 65535" in error_of(capsys, *index, *reader, "--port", "65536")
     assert "--host nowhere.invalid" in error_of(capsys, *index, *reader, "--host", "nowhere.invalid")
+    for host in ("a..b", "x" * 70):
+        assert "is no name of a machine" in error_of(capsys, *index, *reader, "--host", host)
     assert "not a whole index" in error_of(capsys, "--index", str(folder), *reader, "--port", "0")
     assert str(folder / "none") in error_of(capsys, *index, "--reader", str(folder / "none"), "--port", "0")
     monkeypatch.setitem(sys.modules, "gradio", None)

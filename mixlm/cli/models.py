@@ -77,6 +77,7 @@ def fill_mask_verb(arguments: argparse.Namespace) -> None:
     """`mixlm fill-mask`."""
     if arguments.top < 1:
         raise UserError(f"--top {arguments.top}: must be 1 or more")
+    text = text_of("the text", arguments.text)
     from safetensors import SafetensorError
     from transformers import AutoModelForMaskedLM, pipeline
     from transformers.utils.logging import disable_progress_bar
@@ -87,20 +88,20 @@ def fill_mask_verb(arguments: argparse.Namespace) -> None:
 
     disable_progress_bar()
     tokenizer = load_tokenizer(arguments.model)
-    masks = arguments.text.count(tokenizer.mask_token)
+    masks = text.count(tokenizer.mask_token)
     if not masks:
-        raise UserError(f"no {tokenizer.mask_token} in {arguments.text!r}; put it where a word is to be found")
+        raise UserError(f"no {tokenizer.mask_token} in {text!r}; put it where a word is to be found")
     try:
         model = AutoModelForMaskedLM.from_pretrained(arguments.model, trust_remote_code=False, use_safetensors=True)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"--model {arguments.model}: cannot be loaded: {error}") from error
     if arguments.top > model.config.vocab_size:
         raise UserError(f"--top {arguments.top}: the vocabulary has {model.config.vocab_size:,} tokens")
-    length, longest = len(tokenizer(arguments.text).input_ids), model.config.max_position_embeddings
+    length, longest = len(tokenizer(text).input_ids), model.config.max_position_embeddings
     if length > longest:
         raise UserError(f"the text has {length:,} tokens, the model takes {longest:,}; give a shorter one")
-    answers = pipeline("fill-mask", model=model, tokenizer=tokenizer, top_k=arguments.top)(arguments.text)
-    print(arguments.text)
+    answers = pipeline("fill-mask", model=model, tokenizer=tokenizer, top_k=arguments.top)(text)
+    print(text)
     for number, of_mask in enumerate(answers if masks > 1 else [answers], start=1):
         if masks > 1:
             print(f"\nmask {number}")

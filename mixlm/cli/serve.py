@@ -74,6 +74,8 @@ def _bind(host: str, port: int) -> socket.socket:
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
+    except UnicodeError as error:  # of what cannot be a name at all, before it is looked up
+        raise UserError(f"--host {host}: is no name of a machine; give an address, such as 127.0.0.1") from error
     except OSError as error:
         raise UserError(f"--host {host} --port {port}: cannot listen there ({file_error(error)})") from error
     return listener
