@@ -157,11 +157,13 @@ def _json_passages(file: Path) -> Iterator[tuple[str, Passage]]:
 def _tsv_passages(file: Path) -> Iterator[tuple[str, Passage]]:
     for count, (number, line) in enumerate(filled_lines(file, "passage")):
         place = f"{file}, line {number}"
-        fields = [_unquoted(field, place) for field in line.rstrip("\r\n").split("\t")]
+        columns = line.rstrip("\r\n").split("\t")
+        fields = [_unquoted(column) for column in columns]
         if count == 0 and fields in _TSV_HEADERS:
             continue
         if len(fields) not in (2, 3):
             raise UserError(f"{place}: {len(fields)} columns where id, text and title are wanted, separated by tabs")
+        _require_whole_fields(columns, place)
         identifier, text, title = [*fields, ""][:3]
         yield place, Passage(identifier, title, text)
 
@@ -179,15 +181,26 @@ def _corpus_passages(file: Path, name: str, window_characters: int) -> Iterator[
             yield f"{file}, line {document.line}", Passage(f"{name}-{document.line}-{number}", "", text)
 
 
-def _unquoted(field: str, place: str) -> str:
-    if quoted := _QUOTED.fullmatch(field):
-        return quoted[1].replace('""', '"')
-    if field.startswith('"') and field.count('"') % 2:  # an even number is of words that are quoted in the text
+def _require_whole_fields(columns: list[str], place: str) -> None:
+    """Raise UserError where a field in quotation marks goes on over a tab, or has begun on the line before.
+
+    A text may begin with a quotation mark that has no other: most files have no quoted fields.
+
+    Args:
+        columns: of a line, two or three.
+    """
+    neighbours = (columns[:2], columns[1:3], columns)
+    goes_on = any(_QUOTED.fullmatch("\t".join(each)) for each in neighbours if len(each) > 1)
+    if goes_on or columns[0].count('"') % 2:  # what would be an id then is the end of a text
         raise UserError(
-            f"{place}: a quoted field, which begins with {field!r:.40}, holds a tab or a line break; put a blank "
-            "there, or write the passages as JSON lines"
+            f"{place}: a quoted field holds a tab or a line break; put a blank there, or write the passages as JSON "
+            "lines"
         )
-    return field
+
+
+def _unquoted(field: str) -> str:
+    quoted = _QUOTED.fullmatch(field)
+    return quoted[1].replace('""', '"') if quoted else field
 
 
 def _check(passage: Passage, place: str) -> None:

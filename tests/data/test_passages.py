@@ -62,8 +62,9 @@ def test_text_is_taken_as_it_is_and_numbers_are_ids(tmp_path):
 
 
 def test_quotation_marks_of_a_tsv_field_are_its_own_unless_they_enclose_it(tmp_path):
-    text = 'a\t"one ""two"" three"\nb\t"one" two\nc\tone "two"\n'
-    assert [passage.text for passage in read(tmp_path, "p.tsv", text)] == ['one "two" three', '"one" two', 'one "two"']
+    text = 'a\t"one ""two"" three"\nb\t"one" two\nc\tone "two"\nd\t"one\t"two"\n'
+    texts = ['one "two" three', '"one" two', 'one "two"', '"one']
+    assert [passage.text for passage in read(tmp_path, "p.tsv", text)] == texts
 
 
 def test_paragraphs_of_squad_are_numbered_by_article(tmp_path):
@@ -127,8 +128,8 @@ ONE = '{"id": "a", "text": "x"}\n'
         ("p.tsv", "a\tx\nb\n", ["line 2", "1 columns"]),
         ("p.tsv", "a\tx\nb\tx\ty\tz\n", ["line 2", "4 columns"]),
         ("p.tsv", "a\t\n", ["line 1", "'a'", "empty"]),
-        ("p.tsv", 'a\tx\nb\t"가\t나"\n', ["line 2", """'"가'""", "a tab or a line break; put a blank there"]),
-        ("p.tsv", 'a\t"가\n나"\t제목\n', ["line 1", """'"가'""", "a tab or a line break"]),
+        ("p.tsv", 'a\tx\nb\t"가\t나"\n', ["line 2", "a tab or a line break; put a blank there"]),
+        ("p.tsv", 'a\t"가\n나"\t제목\n', ["line 2", "a tab or a line break"]),
         ("p.tsv", 'a\t"one ""two"" \tthree"\n', ["line 1", "a tab or a line break"]),
         ("p.json", "{}", ["no list 'data'"]),
         ("p.json", squad(), ["no passage"]),
