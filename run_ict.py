@@ -62,6 +62,7 @@ def run(arguments: RetrievalArguments) -> dict[str, float]:
         lambda engine: evaluate_retrieval(engine, data, arguments.train_batch_size, texts, accelerator),
         batches,
         tokenizer,
+        arguments.encoding,
     )
     finish_run(tokenizer, best, arguments, accelerator, arguments.encoding)
     push_run(arguments, accelerator)

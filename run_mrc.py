@@ -39,7 +39,14 @@ from mixlm.training.reading import (
     window_scores,
     write_predictions,
 )
-from mixlm.training.run import SKIPPED_FILE, end_processes, finish_run, on_main_process, prepare_run
+from mixlm.training.run import (
+    CONFIGURATION_FILE,
+    SKIPPED_FILE,
+    end_processes,
+    finish_run,
+    on_main_process,
+    prepare_run,
+)
 from mixlm.training.sharding import Engine
 
 EVALUATION_ROWS = 32  # of a batch, where no training has said how many fit
@@ -73,7 +80,7 @@ def train_reader(arguments: ReadingArguments, accelerator: Accelerator, question
         return reading_metrics(predictions, questions.validation, metric, decoding)
 
     batches = TrainingBatches(training, tokenizer.pad_token_id, arguments, accelerator)
-    best = train(model, ReadingObjective, batches, arguments, accelerator, evaluate, batches, tokenizer)
+    best = train(model, ReadingObjective, batches, arguments, accelerator, evaluate, batches, tokenizer, decoding)
     finish_run(tokenizer, best, arguments, accelerator, tuned(decoding, best.metrics))
     return best.metrics
 
@@ -94,6 +101,8 @@ def load_reader(folder: str, arguments: ReadingArguments, accelerator: Accelerat
 def run(arguments: ReadingArguments) -> dict[str, float]:
     """Train, evaluate and predict, as far as is asked for; returns metrics by name, if there are any."""
     folder, model, metrics = arguments.run_folder, arguments.model_name_or_path, {}
+    if arguments.do_eval and not arguments.do_train and (folder / CONFIGURATION_FILE).exists():
+        raise UserError(f"{folder}: a model is there, whose own results would be lost; give another --output_dir")
     accelerator = prepare_run(arguments) if arguments.do_train else Accelerator(cpu=not torch.cuda.is_available())
     if arguments.do_train or arguments.do_eval:
         questions = read_questions(arguments, "version_2_with_negative", arguments.do_train)

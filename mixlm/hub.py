@@ -21,12 +21,14 @@ from .errors import UserError, one_line
 
 CARD_FILE = "README.md"
 WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors")
+TOKENIZER_FILES = ("tokenizer.json", "vocab.txt")
 # What of a model's folder goes to the Hub, beside the code that its config.json names.
 PUBLISHED = (
     "config.json",
     *WEIGHTS,
     "model.safetensors.index.json",
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt"),
+    *TOKENIZER_FILES,
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("reader.json", "encoder.json", "run.json", "eval_results.json"),
     *(CARD_FILE, "curves.png", "reading.png"),
 )

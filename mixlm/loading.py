@@ -8,8 +8,8 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, StrictDataclassError
+from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import RemoteEntryNotFoundError, StrictDataclassError
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
@@ -85,9 +85,11 @@ class StoredSettings:
         """
         file = Path(name_or_path) / cls.file_name
         if not Path(name_or_path).is_dir():
+            if try_to_load_from_cache(str(name_or_path), cls.file_name) is _CACHED_NO_EXIST:
+                return None
             try:
                 file = Path(hf_hub_download(str(name_or_path), cls.file_name))
-            except EntryNotFoundError:
+            except RemoteEntryNotFoundError:  # that the Hub cannot be reached is another one
                 return None
             except (OSError, ValueError) as error:
                 raise UserError(f"{name_or_path}: {cls.file_name} cannot be had: {one_line(error)}") from error

@@ -2,6 +2,7 @@
 
 import json
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -225,3 +226,18 @@ def test_what_cannot_encode_is_refused_in_one_line(tmp_path, make, message):
     assert message in str(caught.value) and "\n" not in str(caught.value)
     if make is too_short:
         assert "takes at most 32 tokens" in str(caught.value)
+
+
+def test_settings_that_the_hub_may_have_are_not_taken_for_absent(tmp_path, monkeypatch):
+    """Offline, a model that was downloaded without them is not used with others, unless it is known to have none."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    repository, revision = tmp_path / "models--someone--retriever", "0" * 40
+    (repository / "snapshots" / revision).mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(revision)
+    with pytest.raises(UserError, match="^someone/retriever: encoder.json cannot be had: "):
+        Encoding.load("someone/retriever")
+    (repository / ".no_exist" / revision).mkdir(parents=True)
+    (repository / ".no_exist" / revision / "encoder.json").touch()
+    assert Encoding.load("someone/retriever") is None

@@ -224,6 +224,12 @@ def test_every_checkpoint_is_pushed_where_that_is_asked_for(run, hub, capsys):
     assert not (folder / ".hub").exists() and "not pushed" not in "".join(capsys.readouterr())
 
 
+def test_a_checkpoint_is_pushed_with_what_it_is_used_with(run, hub):
+    run("ict", **PUSH, hub_strategy="every_save", num_steps=2, save_steps=1)
+    first, *_ = hub.commits[NAME]
+    assert "encoder.json" in first and "reader.json" not in first
+
+
 class TestCheckpointPusher:
     @pytest.fixture
     def pusher(self, run, data) -> tuple[CheckpointPusher, list[Path]]:
@@ -290,6 +296,11 @@ class TestPushVerb:
         assert b"# made-here" in hub.repositories[NAME]["README.md"]
         self.push(folder, NAME)
         assert capsys.readouterr().out == f"nothing has changed at {hub.url}/{NAME}\n"
+
+    def test_a_model_without_a_tokenizer_is_pushed_with_a_note(self, folder, hub, capsys):
+        (folder / "tokenizer.json").unlink()
+        self.push(folder, NAME)
+        assert f"{folder} has no tokenizer, without which" in capsys.readouterr().out
 
     def test_what_a_person_has_written_on_the_hub_stays_there(self, folder, hub, capsys):
         self.push(folder, NAME)

@@ -416,6 +416,22 @@ def test_questions_are_answered_without_training(run, prepared, tmp_path):
     assert len(asked) == 48 and asked.items() >= predictions(folder).items()
 
 
+def test_an_evaluation_does_not_replace_the_results_of_the_training(run, prepared):
+    """The model card would say that they are of the training's questions."""
+    reader = run(num_steps=1, do_train=True)
+    before = results(reader)
+    answering = {"train_file": None, "validation_articles": None, "model_name_or_path": reader, "output_dir": reader}
+    with pytest.raises(UserError, match=f"^{reader}: a model is there.*give another --output_dir$"):
+        run(**answering, validation_file=prepared / "v1.json", do_eval=True)
+    assert results(reader) == before
+
+
+def test_a_checkpoint_answers_as_its_reader_will(run):
+    folder = run(num_steps=2, save_steps=1)
+    (first, *_) = sorted((folder / "checkpoints").iterdir())
+    assert MixLMReader.from_pretrained(first / "model").decoding == Decoding.load(folder)
+
+
 def test_an_evaluation_says_what_it_cannot_use_and_reads_as_it_is_told(run, prepared, tmp_path, capsys):
     reader = run(num_steps=1, do_train=True)
     articles = [article(number) for number in range(2)]

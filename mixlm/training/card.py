@@ -363,7 +363,7 @@ class _Card:
         names = {each["argument"]: each["name"] for each in self.record.get("data", ())}
         if "validation_file" in names:
             return _and_articles(names["validation_file"], self.arguments.get("validation_articles"))
-        if "corpus_path" in names or "eval_split" in self.arguments and "train_file" not in names:
+        if "corpus_path" in names or "mlm_probability" in self.arguments:
             return f"held-out documents of {names.get('corpus_path') or names.get('dataset_name')}"
         if "train_file" in names:
             part = self.arguments.get("validation_articles")

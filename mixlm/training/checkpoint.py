@@ -1,7 +1,7 @@
 """Checkpoints: a folder is either whole or absent.
 
     step-00001000/
-      model/                  plain `from_pretrained`, with the tokenizer
+      model/                  plain `from_pretrained`, with the tokenizer, and reader.json or encoder.json
       optimizer.safetensors   the optimizer's moments by parameter name
       state.json              step, position in the data, resolved arguments, versions, hashes of the files
 
@@ -16,6 +16,7 @@ import hashlib
 import json
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -31,6 +32,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..data.batching import Position
 from ..errors import UserError, file_error
 from ..files import NAMES_ESCAPED, require_inside, whole_folder
+from ..loading import StoredSettings
 from ..tokenization import save_tokenizer
 
 OPTIMIZER_FILE, STATE_FILE, MODEL_FOLDER = "optimizer.safetensors", "state.json", "model"
@@ -73,6 +75,7 @@ def save_checkpoint(
     state: TrainingState,
     arguments: dict[str, Any],
     tokenizer: PreTrainedTokenizerBase | None = None,
+    settings: StoredSettings | None = None,
 ) -> None:
     """Write a whole checkpoint.
 
@@ -84,6 +87,7 @@ def save_checkpoint(
         state: steps done and place in the data.
         arguments: the resolved arguments of the run.
         tokenizer: of the model, if it has one.
+        settings: to use the model with, if there are any.
 
     Raises:
         OSError: it cannot be written; what was there before still is. Nothing is begun where there is no room for it.
@@ -95,9 +99,12 @@ def save_checkpoint(
         shortage = f"{needed / 2**20:,.0f} MiB are needed and {free / 2**20:,.0f} MiB are free"
         raise OSError(errno.ENOSPC, shortage)
     with whole_folder(folder) as partial:
-        skeleton.save_pretrained(partial / MODEL_FOLDER, state_dict=parameters)
+        # In one file, whatever its size.
+        skeleton.save_pretrained(partial / MODEL_FOLDER, state_dict=parameters, max_shard_size=sys.maxsize)
         if tokenizer is not None:
             save_tokenizer(tokenizer, partial / MODEL_FOLDER)
+        if settings is not None:
+            settings.save(partial / MODEL_FOLDER)
         save_file(moments, partial / OPTIMIZER_FILE)
         files = sorted(path for path in partial.rglob("*") if path.is_file())
         contents = {

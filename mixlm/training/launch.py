@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 import psutil
 
@@ -67,22 +68,36 @@ def run_ranks(
     # Freed memory goes back at once, so that the peak of a training is its own.
     memory = {"MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536"}
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    launcher = subprocess.Popen(
+        [sys.executable, *torchrun, "-m", module, *arguments],
+        env={"OMP_NUM_THREADS": str(threads), **os.environ, **memory},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+    )
     try:
-        done = subprocess.run(
-            [sys.executable, *torchrun, "-m", module, *arguments],
-            env={"OMP_NUM_THREADS": str(threads), **os.environ, **memory},
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=timeout,
-        )
+        _, said = launcher.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
         return f"no end after {timeout:,.0f} seconds"
-    if done.returncode == 0:
+    finally:
+        _kill(launcher)
+    if launcher.returncode == 0:
         return ""
-    lines = [line.strip() for line in done.stderr.splitlines()]
+    lines = [line.strip() for line in said.splitlines()]
     # What a rank says first, or else what torchrun says of how it ended.
     telling = [line for line in lines if "rror" in line and "ChildFailed" not in line] + [
         line for line in lines if line.startswith(("error", "exitcode")) or "Signal" in line
     ]
-    return telling[0] if telling else f"exit code {done.returncode}"
+    return telling[0] if telling else f"exit code {launcher.returncode}"
+
+
+def _kill(launcher: subprocess.Popen) -> None:
+    """End a launcher that still runs, and its ranks, which would live on without it."""
+    if launcher.poll() is None:
+        ranks = psutil.Process(launcher.pid).children(recursive=True)
+        launcher.kill()
+        for rank in ranks:
+            with suppress(psutil.NoSuchProcess):
+                rank.kill()
+        launcher.communicate()

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from ..data.batching import Position
 from ..errors import RunStopped, UserError, file_error
 from ..hub import open_repository
+from ..loading import StoredSettings
 from .arguments import TrainingArguments
 from .batch_size import find_batch_size
 from .batches import TrainingBatches
@@ -89,6 +90,7 @@ def train(
     evaluate: Callable[[Engine], dict[str, float]],
     trial_batches: TrainingBatches | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    settings: StoredSettings | None = None,
 ) -> Evaluation:
     """Train for `arguments.num_steps` optimizer steps, from the start or from the checkpoint of `arguments.resume`.
 
@@ -103,7 +105,7 @@ def train(
         evaluate: called with the engine, which is to be called as the model, every `eval_steps` and at the end;
             returns metrics by name.
         trial_batches: of the same data; needed to find a batch size, and to notice that the data has changed.
-        tokenizer: written into each checkpoint beside the model, so that the two can be used from there.
+        tokenizer, settings: written into each checkpoint beside the model, so that it can be used from there.
 
     Returns:
         the last evaluation, or by `arguments.best_metric` the best: the checkpoint of its step is there.
@@ -113,7 +115,7 @@ def train(
             does not fit.
         RunStopped: a signal came or `max_minutes` are over; a checkpoint was saved.
     """
-    run = _Run(model, objective_class, arguments, accelerator, evaluate, trial_batches, tokenizer)
+    run = _Run(model, objective_class, arguments, accelerator, evaluate, trial_batches, tokenizer, settings)
     steps = batches(run.state.position) if run.state.step < arguments.num_steps else ()
     run.begin()  # only now, when nothing can be wrong with the new run
     # Closed even after an error, so that its message gets a line of its own.
@@ -156,9 +158,10 @@ class _Run:
         evaluate: Callable[[Engine], dict[str, float]],
         trial_batches: TrainingBatches | None,
         tokenizer: PreTrainedTokenizerBase | None,
+        settings: StoredSettings | None,
     ):
         self.arguments, self.accelerator, self.evaluate_engine = arguments, accelerator, evaluate
-        self.tokenizer = tokenizer
+        self.tokenizer, self.settings = tokenizer, settings
         self.stop_request = StopRequest(arguments.max_minutes, accelerator)
         self.state = TrainingState(0, Position())
         self.checkpoints = arguments.run_folder / CHECKPOINTS
@@ -423,7 +426,8 @@ class _Run:
 
         def write() -> bool:
             try:
-                save_checkpoint(target, self.skeleton, parameters, moments, self.state, self.resolved, self.tokenizer)
+                held = (parameters, moments, self.state, self.resolved, self.tokenizer, self.settings)
+                save_checkpoint(target, self.skeleton, *held)
             except OSError as error:
                 message = f"{target}: cannot be written: {error.strerror or error}; make room"
                 if must_succeed:

@@ -11,7 +11,7 @@ from huggingface_hub import run_as_future
 
 from ..errors import NotPushed, UserError, file_error
 from ..files import whole_folder
-from ..hub import CARD_FILE, address, card_on_hub, files_to_push, open_repository, push_files
+from ..hub import CARD_FILE, TOKENIZER_FILES, address, card_on_hub, files_to_push, open_repository, push_files
 from .arguments import TrainingArguments
 from .card import is_generated, write_card
 from .checkpoint import MODEL_FOLDER, step_of
@@ -40,6 +40,10 @@ def publish(
     """
     files_to_push(folder)
     notes = write_card(folder, name, license, step)
+    if not any((folder / file).exists() for file in TOKENIZER_FILES):
+        notes.append(
+            f"{folder} has no tokenizer, without which nobody can use the model: save it there and push again"
+        )
     open_repository(name, private)
     if (record := read_record(folder)) is not None:
         try:
@@ -69,8 +73,8 @@ def push_run(arguments: TrainingArguments, accelerator: Accelerator) -> None:
         return
     name, private = arguments.hub_model_id, arguments.hub_private_repo
     try:
-        # After the last checkpoint, which may still be on its way.
-        notes = run_as_future(publish, arguments.run_folder, name, private).result()
+        run_as_future(lambda: None).result()  # one after the other: the last checkpoint may still be on its way
+        notes = publish(arguments.run_folder, name, private)  # in this thread, where Ctrl-C ends it
     except (Exception, KeyboardInterrupt) as error:  # whatever it is, the training has ended well
         raise NotPushed(
             f"{str(error) or 'interrupted'}; the model is whole in {arguments.run_folder}, push it with: "

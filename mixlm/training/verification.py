@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..configuration import MixLMConfig, MixLMSwitchConfig
 from ..data.batching import Position, collate
-from ..errors import exits_on_user_error
+from ..errors import UserError, exits_on_user_error
 from ..heads import IGNORE
 from ..modeling_mixlm import MixLMForPreTraining
 from ..modeling_switch import MixLMSwitchForPreTraining
@@ -175,14 +175,14 @@ def verify_engines(
         report: told what is being done.
 
     Raises:
-        RuntimeError: one process alone does not train.
+        UserError: one process alone does not train.
     """
     with tempfile.TemporaryDirectory(prefix="mixlm-verify-") as folder:
         report("one process")
         reference = Path(folder) / "reference"
         failure = _train_on(1, CASES[0]._replace(muon=cases[0].muon), family, precisions, reference)
         if failure:
-            raise RuntimeError(failure)
+            raise UserError(f"one process alone does not train: {failure}")
         expected = {precision: _outcome(reference, precision, 1) for precision in precisions}
         for case in cases:
             report(case.name)

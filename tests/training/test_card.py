@@ -159,3 +159,12 @@ def test_a_damaged_file_is_one_line(folder, file, content):
     (folder / file).write_text(content, "latin-1")
     with pytest.raises(UserError, match=file):
         write_card(folder, NAME, None)
+
+
+def test_a_retriever_of_a_dataset_was_judged_by_a_part_of_it(folder):
+    """`--eval_split` is of documents, which it had none of."""
+    record = json.loads((folder / "run.json").read_text("utf-8"))
+    record["data"] = [{"argument": "dataset_name", "name": "KorQuAD/squad_kor_v1", "fingerprints": {"train": "5eed"}}]
+    record["arguments"] = {"processes": 1, "eval_split": 0.01, "validation_articles": None}
+    (folder / "run.json").write_text(json.dumps(record))
+    assert "On held-out part of KorQuAD/squad_kor_v1:" in card(folder)

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from mixlm.data.batching import Position
 from mixlm.errors import UserError
@@ -302,3 +303,16 @@ def test_a_skeleton_has_no_numbers_and_makes_the_same_folder(tmp_path, make_mode
     skeleton.save_pretrained(tmp_path / "one", state_dict=dict(engine_of(model).whole_parameters()))
     model.save_pretrained(tmp_path / "two")
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_the_weights_are_in_one_file_whatever_their_size(tmp_path, trained, make_model, monkeypatch):
+    """Which is what is read: by itself transformers cuts those above 50 GB into several."""
+    save = PreTrainedModel.save_pretrained
+
+    def save_in_small_files(self, folder, max_shard_size="1KB", **options):
+        save(self, folder, max_shard_size=max_shard_size, **options)
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", save_in_small_files)
+    folder = saved(tmp_path / "step-00000001", trained())
+    assert [file.name for file in (folder / "model").glob("*.safetensors")] == ["model.safetensors"]
+    restored(folder, make_model())

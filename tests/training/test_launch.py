@@ -7,7 +7,8 @@ import psutil
 import pytest
 
 from mixlm.errors import UserError
-from mixlm.training.launch import option_value, start_missing_processes
+from mixlm.training import launch
+from mixlm.training.launch import option_value, run_ranks, start_missing_processes
 
 LAUNCHED = {"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1234"}
 
@@ -58,3 +59,17 @@ def test_option_value():
     assert option_value(["a", "--one", "1", "--two=2"], "one") == "1"
     assert option_value(["a", "--one", "1", "--two=2"], "two") == "2"
     assert option_value(["a", "--one"], "three") is None
+
+
+def test_ranks_that_do_not_end_are_ended_with_their_launcher(tmp_path, monkeypatch):
+    (tmp_path / "sleeps.py").write_text("import time\n\ntime.sleep(600)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    kill, ended = launch._kill, []
+
+    def remember(launcher):
+        ended.extend([psutil.Process(launcher.pid), *psutil.Process(launcher.pid).children(recursive=True)])
+        kill(launcher)
+
+    monkeypatch.setattr(launch, "_kill", remember)
+    assert run_ranks("sleeps", [], processes=1, timeout=15) == "no end after 15 seconds"
+    assert len(ended) > 1 and not psutil.wait_procs(ended, timeout=10)[1]
