@@ -24,25 +24,39 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     """A new folder to be filled. When all went well it takes the place of `folder`, and else it is removed.
 
     It lies beside `folder` as `.NAME.partial`, and is flushed to the disk before it is renamed, so that a power cut
-    leaves no folder with empty files either. What an interrupted process has left is removed by the next one.
+    leaves no folder with empty files either. What it replaces lies aside as `.NAME.earlier` for that moment. What an
+    interrupted process has left is put back or removed by the next one. A link stays: what it leads to is replaced.
 
     Raises:
+        UserError: a disk is mounted at `folder`, so that nothing can take its place.
         OSError: it cannot be written; also where safetensors reports that in a way of its own.
     """
+    _require_no_mount(folder)
+    folder = Path(os.path.realpath(folder))
+    _settle(folder)
     partial = partial_name(folder)
-    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         yield partial
         for path in [*partial.rglob("*"), partial]:
             flush(path)
-        if folder.exists():
-            shutil.rmtree(folder)
+        if folder.is_dir():
+            os.replace(folder, earlier_name(folder))
         os.replace(partial, folder)
         flush(folder.parent)
     except SafetensorError as error:
         raise OSError(one_line(error)) from error
     finally:
+        _settle(folder)
+
+
+def _settle(folder: Path) -> None:
+    """Remove what `whole_folder` has beside a folder; what was to be replaced and was not is put back."""
+    partial, earlier = partial_name(folder), earlier_name(folder)
+    shutil.rmtree(partial, ignore_errors=True)
+    if earlier.is_dir():
+        # Renamed before it is removed: what is put back after a kill is never half of what it was.
+        os.replace(earlier, partial if folder.exists() else folder)
         shutil.rmtree(partial, ignore_errors=True)
 
 
@@ -66,6 +80,11 @@ def write_whole(file: Path, text: str) -> None:
 def partial_name(folder: Path) -> Path:
     """Where a folder or file lies while it is being written."""
     return folder.with_name(f".{folder.name}.partial")
+
+
+def earlier_name(folder: Path) -> Path:
+    """Where a folder lies, for a moment, while another one takes its place."""
+    return folder.with_name(f".{folder.name}.earlier")
 
 
 def require_inside(names: Iterable[str], of: Path) -> None:
@@ -102,8 +121,14 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 
 def require_free(out: Path) -> None:
-    """Raise UserError where `out` is a file or a folder that holds something."""
+    """Raise UserError where `out` is a file, a folder that holds something, or the place where a disk is mounted."""
     if out.is_dir() and any(out.iterdir()):
         raise UserError(f"{out}: exists and is not empty; use another name or delete it")
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; use another name")
+    _require_no_mount(out)
+
+
+def _require_no_mount(folder: Path) -> None:
+    if os.path.ismount(os.path.realpath(folder)):
+        raise UserError(f"{folder}: a disk is mounted there, and cannot be replaced; use the name of a folder in it")

@@ -1,5 +1,9 @@
 """Folders are whole or absent."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from mixlm.errors import UserError
@@ -38,6 +42,79 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
     with whole_folder(tmp_path / "target") as folder:
         (folder / "file").write_text("new")
     assert contents(tmp_path) == {"target/file": "new"}
+
+
+@pytest.mark.parametrize("write", [whole_folder, new_folder])
+def test_what_a_link_leads_to_is_replaced_and_the_link_stays(tmp_path, write):
+    (tmp_path / "disk" / "target").mkdir(parents=True)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "link").symlink_to("../disk/target")
+    with write(tmp_path / "here" / "link") as folder:
+        (folder / "file").write_text("new")
+    assert (tmp_path / "here" / "link").is_symlink()
+    assert contents(tmp_path) == {"disk/target/file": "new"}
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["target"]
+
+
+def test_where_a_disk_is_mounted_nothing_is_begun(tmp_path, monkeypatch):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to("disk")
+    monkeypatch.setattr(os.path, "ismount", lambda path: os.fspath(path) == os.path.realpath(tmp_path / "disk"))
+    for name in ("disk", "link"):
+        for write in (whole_folder, new_folder):
+            with pytest.raises(UserError, match=f"{name}: a disk is mounted there"), write(tmp_path / name):
+                pytest.fail("the folder was handed out")
+        with pytest.raises(UserError, match=f"{name}: a disk is mounted there"):
+            require_free(tmp_path / name)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link"]
+
+
+@pytest.mark.parametrize("step", ["replace", "rmtree"])
+def test_a_kill_at_any_step_leaves_the_old_or_the_new_folder_whole(tmp_path, step):
+    """Each process is killed one step later: where it renames, or where it deletes a file of the old folder."""
+    target, names = tmp_path / "target", [f"file{number}" for number in range(3)]
+    program = (
+        "import os, shutil, sys; from pathlib import Path; from mixlm.files import whole_folder\n"
+        "def killed_at(left, real):\n"
+        "    def step(*given, **options):\n"
+        "        nonlocal left\n"
+        "        left -= 1\n"
+        "        return os._exit(9) if left < 0 else real(*given, **options)\n"
+        "    return step\n"
+        "with whole_folder(Path(sys.argv[1])) as folder:\n"
+        "    for name in sys.argv[4:]: (folder / name).write_text('new')\n"
+        "    if sys.argv[2] == 'replace': os.replace = killed_at(int(sys.argv[3]), os.replace)\n"
+        "    else: os.unlink = killed_at(int(sys.argv[3]), os.unlink)\n"
+    )
+    for steps in range(10):
+        with whole_folder(target) as folder:
+            for name in names:
+                (folder / name).write_text("old")
+        ended = subprocess.run([sys.executable, "-c", program, str(target), step, str(steps), *names]).returncode
+        with pytest.raises(KeyError), whole_folder(target):  # puts back what the kill has left
+            raise KeyError
+        assert [path.name for path in tmp_path.iterdir()] == ["target"]
+        assert list(contents(target).values()) in (3 * ["old"], 3 * ["new"]) and set(contents(target)) == set(names)
+        if ended == 0:
+            break
+    assert ended == 0 and steps == 3
+
+
+def test_where_the_new_folder_cannot_take_the_place_the_old_one_stays(tmp_path, monkeypatch):
+    with whole_folder(tmp_path / "target") as folder:
+        (folder / "file").write_text("old")
+    replace = os.replace
+
+    def refuses(source, target):
+        if source == partial_name(tmp_path / "target"):
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", refuses)
+    with pytest.raises(OSError, match="No space left"), whole_folder(tmp_path / "target") as folder:
+        (folder / "file").write_text("new")
+    assert contents(tmp_path) == {"target/file": "old"}
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]
 
 
 def test_a_file_has_its_old_or_its_new_content(tmp_path, monkeypatch):

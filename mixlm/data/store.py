@@ -42,7 +42,7 @@ from mixlm.data.corpus import (
 from mixlm.data.hashing import content_hashes, file_stamps, hash_json
 from mixlm.data.tokenizing import tokenize_documents
 from mixlm.errors import UserError
-from mixlm.files import NAMES_ESCAPED, cache_folder, partial_name, whole_folder
+from mixlm.files import NAMES_ESCAPED, cache_folder, earlier_name, partial_name, whole_folder
 
 if TYPE_CHECKING:
     from mixlm.data.corpus import AnyDataset
@@ -296,13 +296,14 @@ def _cache_errors(cache_dir: Path) -> Iterator[None]:
 
 def _remove_leftovers(cache_dir: Path) -> None:
     """Remove what interrupted builds of other stores have left: the folders whose lock nobody holds."""
-    for partial in cache_dir.glob(partial_name(Path("corpus-*")).name):
-        folder = partial.with_name(partial.stem.removeprefix("."))
-        try:
-            with FileLock(_lock_file(folder), timeout=0):
-                shutil.rmtree(partial, ignore_errors=True)  # it may be finished, or removed, since it was found
-        except Timeout:
-            continue
+    for name_of in (partial_name, earlier_name):
+        for leftover in cache_dir.glob(name_of(Path("corpus-*")).name):
+            folder = leftover.with_name(leftover.stem.removeprefix("."))
+            try:
+                with FileLock(_lock_file(folder), timeout=0):
+                    shutil.rmtree(leftover, ignore_errors=True)  # it may be finished, or gone, since it was found
+            except Timeout:
+                continue
 
 
 def _lock_file(folder: Path) -> Path:

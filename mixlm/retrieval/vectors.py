@@ -158,9 +158,10 @@ def encode_passages(
             raise UserError("there is no passage; give at least one")
         whole = {**description, "model": model, "passages": count, "shards": names}
         write_manifest(out / _MANIFEST, whole)
-        for folder in [*out.glob("shard-*"), *out.glob(".shard-*.partial")]:  # of passages that are no longer there
-            if folder.name not in names:
-                shutil.rmtree(folder)
+        for pattern in ("shard-*", ".shard-*.partial", ".shard-*.earlier"):  # of passages that are no longer there
+            for folder in out.glob(pattern):
+                if folder.name not in names:
+                    shutil.rmtree(folder)
     except RuntimeError as error:
         advice = "use a smaller --batch_size or fewer --processes; run again, and it goes on"
         if isinstance(error, BrokenExecutor):

@@ -231,7 +231,7 @@ def _is_remnant(path: Path) -> bool:
     """Whether a folder is of a checkpoint that was never finished, or whose deletion was not."""
     if re.fullmatch(r"step-\d+", path.name):
         return not (path / STATE_FILE).is_file()
-    return re.fullmatch(r"\.step-\d+\.partial", path.name) is not None
+    return re.fullmatch(r"\.step-\d+\.(partial|earlier)", path.name) is not None
 
 
 def _hash_of_state(contents: dict[str, Any]) -> str:

@@ -21,7 +21,7 @@ from mixlm.data.examples import InverseClozeExamples, SentenceOrderExamples
 from mixlm.data.masking import TokenMasker
 from mixlm.data.store import open_corpus
 from mixlm.errors import UserError
-from mixlm.files import partial_name
+from mixlm.files import earlier_name, partial_name
 
 SPECIAL_TOKENS = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
 TEXT = "aa b c\nb ab\n\na\n\nc c c\nabc\nb\n"  # three documents
@@ -200,6 +200,7 @@ def test_an_interrupted_build_is_done_again(corpus_file, tokenizer, cache, monke
     folder.rename(partial_name(folder))
     (partial_name(folder) / "manifest.json").unlink()
     partial_name(cache / "corpus-0123").mkdir()
+    earlier_name(cache / "corpus-4567").mkdir()
     assert open_small(corpus_file, tokenizer, cache).num_tokens == 15
     assert [path for path in cache.iterdir() if path.is_dir()] == [folder]
 

@@ -113,6 +113,7 @@ def test_a_run_that_was_killed_goes_on(encode, passages, retriever, tmp_path):
     assert subprocess.run([sys.executable, "-c", program, retriever, str(folder)]).returncode == 9
     with pytest.raises(UserError, match="not all passages are encoded yet; run mixlm encode again"):
         StoredVectors(folder)
+    (folder / ".shard-0.earlier").mkdir()  # of a process that was killed while it replaced a damaged one
     assert encode(passages) == ["dogs", "seoul"]  # "again" has the text of "sea", which was written
     assert_has(folder, passages, retriever)
     assert not list(folder.glob(".*"))

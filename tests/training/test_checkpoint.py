@@ -267,7 +267,7 @@ def test_prune_keeps_what_it_is_told(tmp_path):
 
 def test_prune_deletes_what_a_killed_process_has_left_and_nothing_of_others(tmp_path):
     empty_checkpoints(tmp_path, (10,))
-    for name in (".step-00000005.partial", "step-00000007", ".partial", "step-x", "mine"):
+    for name in (".step-00000005.partial", ".step-00000006.earlier", "step-00000007", ".partial", "step-x", "mine"):
         (tmp_path / name / "model").mkdir(parents=True)
     prune(tmp_path, [tmp_path / "step-10"])
     assert sorted(path.name for path in tmp_path.iterdir()) == [".partial", "mine", "step-10", "step-x"]
