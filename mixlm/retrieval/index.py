@@ -43,6 +43,7 @@ _MANIFEST = "manifest.json"
 _PASSAGES = "passages.arrow"
 _LEXICAL = "lexical"
 _DENSE = "dense"
+_AGAIN = "build it again with mixlm index"
 
 
 class Index:
@@ -85,20 +86,23 @@ class Index:
             raise UserError(f"{self.folder}: nothing can be stored in it ({file_error(error)})") from error
 
     def store_tuning(self, of: str, tuning: dict[str, Any]) -> None:
-        """Write how something is done with this index into its manifest.
+        """Write how something is done with this index into its manifest; what else was stored meanwhile stays.
 
         Args:
             of: "hybrid" search, or "answers".
             tuning: `weight`, which may be None, and what else is worth knowing of it.
 
         Raises:
-            UserError: the manifest cannot be written.
+            UserError: another index lies there now, or the manifest cannot be read or written.
         """
-        self.manifest[of] = tuning
         try:
-            write_manifest(self.folder / _MANIFEST, self.manifest)
+            manifest = read_manifest(self.folder / _MANIFEST, FORMAT, _AGAIN)
+            if manifest["files"] != self.manifest["files"]:
+                raise UserError(f"{self.folder}: was built again meanwhile; tune again")
+            write_manifest(self.folder / _MANIFEST, {**manifest, of: tuning})
         except OSError as error:
             raise UserError(f"{self.folder}: the manifest cannot be written ({file_error(error)})") from error
+        self.manifest[of] = tuning
 
 
 def build_index(
@@ -165,29 +169,28 @@ def open_index(folder: Path) -> Index:
     Raises:
         UserError: the folder is no index, is damaged, or was written by another version in another format.
     """
-    again = "build it again with mixlm index"
     try:
-        manifest = read_manifest(folder / _MANIFEST, FORMAT, again)
-        _require_libraries(manifest["libraries"], folder, again)
+        manifest = read_manifest(folder / _MANIFEST, FORMAT, _AGAIN)
+        _require_libraries(manifest["libraries"], folder)
         require_inside(manifest["files"], folder / _MANIFEST)
         hashes = _hashes(folder, manifest["files"])
         changed = [name for name, wanted in manifest["files"].items() if hashes[name] != wanted]
         if changed:
-            raise UserError(f"{folder}: {', '.join(changed)} changed since the index was built; {again}")
+            raise UserError(f"{folder}: {', '.join(changed)} changed since the index was built; {_AGAIN}")
         return Index(folder, manifest)
     except FileNotFoundError as error:
-        raise UserError(f"{folder}: not a whole index ({file_error(error)}); {again}") from error
+        raise UserError(f"{folder}: not a whole index ({file_error(error)}); {_AGAIN}") from error
     except OSError as error:
         raise UserError(f"{folder}: the index cannot be read ({file_error(error)})") from error
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         # Its files are as they were written: by another version, of mixlm or of a library.
-        raise UserError(f"{folder}: this version cannot open it ({one_line(error)}); {again}") from error
+        raise UserError(f"{folder}: this version cannot open it ({one_line(error)}); {_AGAIN}") from error
 
 
 def is_tuned(folder: Path) -> bool:
     """Whether an index lies there for which `Index.store_tuning` has stored something."""
     try:
-        return not {"hybrid", "answers"}.isdisjoint(read_manifest(folder / _MANIFEST, FORMAT, again=""))
+        return not {"hybrid", "answers"}.isdisjoint(read_manifest(folder / _MANIFEST, FORMAT, _AGAIN))
     except (OSError, UserError):
         return False
 
@@ -238,7 +241,7 @@ def _change_of(out: Path, vectors: "StoredVectors", kind: str) -> _Change | None
     return change if 2 * change.counts()["kept"] > len(change.rows) else None
 
 
-def _require_libraries(libraries: Mapping[str, str], folder: Path, again: str) -> None:
+def _require_libraries(libraries: Mapping[str, str], folder: Path) -> None:
     """Raise UserError where a library may take texts apart, or read files, otherwise than when an index was built."""
     for name, then in libraries.items():
         if name == "faiss":  # it reads what its earlier versions have written
@@ -248,7 +251,7 @@ def _require_libraries(libraries: Mapping[str, str], folder: Path, again: str) -
         except PackageNotFoundError as error:
             raise UserError(f"{name} is not installed; install it with: pip install 'mixlm[retrieval]'") from error
         if now.split(".")[:2] != then.split(".")[:2]:
-            raise UserError(f"{folder}: was built with {name} {then}, and {now} is installed; {again}")
+            raise UserError(f"{folder}: was built with {name} {then}, and {now} is installed; {_AGAIN}")
 
 
 def _require_replaceable(out: Path) -> None:

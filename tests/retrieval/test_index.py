@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -61,6 +62,28 @@ def test_a_new_index_takes_the_place_of_the_old_one(folder):
     build_index(PASSAGES[:1], folder, BigramAnalyser())
     assert len(open_index(folder).passages) == 1
     assert [path.name for path in folder.parent.iterdir()] == ["index"]
+
+
+def test_tuning_keeps_what_another_process_has_stored(folder):
+    one, other = open_index(folder), open_index(folder)
+    one.store_tuning("hybrid", {"weight": 0.3})
+    other.store_tuning("answers", {"weight": 8.0})
+    one.store_tuning("hybrid", {"weight": 0.4})
+    manifest = open_index(folder).manifest
+    assert (manifest["hybrid"], manifest["answers"]) == ({"weight": 0.4}, {"weight": 8.0})
+    assert one.weight == 0.4 and other.weight is None
+
+
+def test_what_an_index_was_tuned_to_is_not_stored_in_another(folder):
+    opened = open_index(folder)
+    build_index(PASSAGES[:2], folder, BigramAnalyser())
+    before = contents(folder)
+    with pytest.raises(UserError, match="index: was built again meanwhile; tune again"):
+        opened.store_tuning("hybrid", {"weight": 0.3})
+    assert contents(folder) == before and opened.weight is None
+    shutil.rmtree(folder)
+    with pytest.raises(UserError, match="the manifest cannot be written .*No such file"):
+        opened.store_tuning("hybrid", {"weight": 0.3})
 
 
 @pytest.mark.parametrize("error", [UserError("line 3"), KeyboardInterrupt()])
