@@ -38,9 +38,9 @@ _VECTORS, _FINDER, _ROWS = "vectors.faiss", "finder.faiss", "rows.npy"
 _CODE_BITS = 8
 _TRAINING_PER_LIST = (39, 64)  # vectors: fewer than 39 are too few for FAISS
 _CODED_CANDIDATES = 4  # found by their codes, for each hit that is wanted
-_MARGIN = 10  # candidates beyond those that are wanted, so that equal scores at the end are seldom asked for again
+_MARGIN = 10  # candidates beyond those that are wanted, so that equal scores at the end seldom take another search
 _ROUNDING = 1e-5  # of scores by FAISS, as a share of the best
-_SCORES_AT_ONCE = 1 << 22  # bounds the memory of a search
+_SCORES_AT_ONCE = 1 << 22  # bounds the memory of a search: candidates of all its questions, numbers of their vectors
 _RECALL_DEPTH, _RECALL_SAMPLE = 10, 1000
 
 
@@ -180,9 +180,8 @@ class DenseIndex:
         for first in range(0, len(questions), rows_at_once):
             batch = np.ascontiguousarray(questions[first : first + rows_at_once], dtype=np.float32)
             for question, places in zip(batch, self._candidates(batch, top_k), strict=True):
-                found = places[places >= 0]
-                rows = found if self._rows is None else self._rows[found]
-                yield best_hits(rows, self._scores(question, found), top_k, self._precedence)
+                rows = places if self._rows is None else self._rows[places]
+                yield best_hits(rows, self._scores(question, places), top_k, self._precedence)
 
     def recall(self) -> float:
         """How many of the 10 best passages it finds, as a share.
@@ -207,20 +206,24 @@ class DenseIndex:
     def _is_exact(self) -> bool:
         return self._finder is self._flat
 
-    def _candidates(self, questions: np.ndarray, top_k: int) -> np.ndarray:
-        """Places of vectors that may be the best, [questions, candidates]; -1 where there is none."""
+    def _candidates(self, questions: np.ndarray, top_k: int) -> Iterator[np.ndarray]:
+        """For each question places of vectors that may be the best, [candidates]."""
         per_hit = _CODED_CANDIDATES if isinstance(self._finder, faiss.IndexIVF) else 1
         wanted = min(per_hit * top_k + _MARGIN, len(self))
-        while True:
-            scores, places = self._finder.search(questions, wanted, params=self._without_what_is_gone)
-            if wanted == len(self) or not self._is_exact:
-                return places
-            # FAISS leaves out any of equal scores, and rounds in ways that depend on the company of a question: the
-            # last of its candidates must be clearly worse than the last hit.
-            gaps = scores[:, top_k - 1] - scores[:, -1]
-            if (gaps > _ROUNDING * np.abs(scores).max(axis=1)).all():
-                return places
-            wanted = min(2 * wanted, len(self))
+        scores, places = self._finder.search(questions, wanted, params=self._without_what_is_gone)
+        if wanted == len(self) or not self._is_exact:
+            yield from (of_question[of_question >= 0] for of_question in places)
+            return
+        # FAISS leaves out any of equal scores, and rounds in ways that depend on the company of a question: the last
+        # of its candidates must be clearly worse than the last hit. Else all are asked for that may be as good.
+        bounds = scores[:, top_k - 1] - _ROUNDING * np.abs(scores).max(axis=1)
+        for question, of_question, bound, last in zip(questions, places, bounds, scores[:, -1], strict=True):
+            yield of_question if last < bound else self._places_from(bound, question)
+
+    def _places_from(self, bound: np.float32, question: np.ndarray) -> np.ndarray:
+        """Places of all vectors whose score for a question is a number, or greater."""
+        below = np.nextafter(bound, np.float32(-np.inf))
+        return self._flat.range_search(question[None], below, params=self._without_what_is_gone)[2]
 
     @cached_property
     def _without_what_is_gone(self) -> "faiss.SearchParameters | None":
@@ -235,7 +238,12 @@ class DenseIndex:
 
     def _scores(self, question: np.ndarray, places: np.ndarray) -> np.ndarray:
         """Inner products, float32 [places]."""
-        return (self.vectors[places].astype(np.float64) * question).sum(axis=1).astype(np.float32)
+        scores = np.empty(len(places), np.float32)
+        at_once = max(1, _SCORES_AT_ONCE // len(question))
+        for first in range(0, len(places), at_once):
+            part = slice(first, first + at_once)
+            scores[part] = (self.vectors[places[part]].astype(np.float64) * question).sum(axis=1)
+        return scores
 
 
 def _new_hnsw(dimension: int) -> "faiss.IndexHNSWFlat":

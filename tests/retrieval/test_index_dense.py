@@ -47,6 +47,26 @@ def test_equal_scores_come_in_the_order_of_the_passages_and_the_first_are_kept(t
     assert found(build(vectors), questions, top_k) == brute_force(vectors, questions, top_k)
 
 
+def test_equal_scores_of_one_question_search_no_other_again(monkeypatch):
+    many = np.repeat(clustered(1, seed=2), 400, axis=0)
+    vectors, questions = np.concatenate([clustered(500), many]), np.concatenate([clustered(20, seed=1), many[:1]])
+    searched = []
+
+    def counted(real):
+        def search(self, questions, *arguments, **options):
+            searched.append(len(questions))
+            return real(self, questions, *arguments, **options)
+
+        return search
+
+    flat = index_dense.faiss.IndexFlatIP
+    for name in ("search", "range_search"):
+        monkeypatch.setattr(flat, name, counted(getattr(flat, name)))
+    monkeypatch.setattr(index_dense, "_SCORES_AT_ONCE", 1000)  # and scores are added up in parts
+    assert found(build(vectors), questions, 20) == brute_force(vectors, questions, 20)
+    assert sum(searched) == len(questions) + 1
+
+
 def test_the_company_of_a_question_changes_nothing(monkeypatch):
     index, questions = build(clustered(2000)), clustered(50, seed=1)
     together = found(index, questions, 20)
