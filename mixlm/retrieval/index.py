@@ -114,8 +114,8 @@ def build_index(
 ) -> dict[str, Any]:
     """Build an index for lexical search, and with vectors also for dense and hybrid search.
 
-    If an index of this kind and encoder lies at `out`, its graph or lists are kept, without the vectors that are gone
-    and with those that are new; unless less than half of it would be of use.
+    If an index of this kind and encoder lies at `out`, its graph or lists are kept, and get the vectors that are new;
+    unless more than a quarter of all would be of passages that are gone, or no more than half would stay as they are.
 
     Args:
         passages: at least one, each with its own id (`mixlm.data.passages.read_passages`, or those of `vectors`).
@@ -238,7 +238,8 @@ def _change_of(out: Path, vectors: "StoredVectors", kind: str) -> _Change | None
         added.append(found[~is_kept])
         first += len(found)
     change = _Change(np.concatenate([rows, *added_rows]), np.concatenate(added))
-    return change if 2 * change.counts()["kept"] > len(change.rows) else None
+    kept, gone, total = change.counts()["kept"], change.counts()["gone"], len(change.rows)
+    return change if 2 * kept > total and 4 * gone <= total else None
 
 
 def _require_libraries(libraries: Mapping[str, str], folder: Path) -> None:

@@ -15,6 +15,10 @@ themselves, added up in float64: a question has the same hits and scores in any 
   vectors (Jégou, Douze and Schmid, "Product Quantization for Nearest Neighbor Search", 2011). There are about
   4 * sqrt(passages) lists, and a sixteenth of them is read; four times the hits wanted are found by their codes. For
   10,000 passages or more: codes are learnt from them.
+
+Where passages have gone, the finder still meets their vectors: it is asked for more candidates, by twice the ratio of
+all vectors to those that are left, and theirs are dropped. Where a question then has too few, as one about what has
+gone, every vector is looked at for it.
 """
 
 import math
@@ -176,7 +180,7 @@ class DenseIndex:
             questions: vectors, float32 [questions, dimension].
             top_k: the most hits of a question; there are never more than passages.
         """
-        rows_at_once = max(1, _SCORES_AT_ONCE // min(top_k + _MARGIN, len(self)))
+        rows_at_once = max(1, _SCORES_AT_ONCE // self._depths(top_k)[1])
         for first in range(0, len(questions), rows_at_once):
             batch = np.ascontiguousarray(questions[first : first + rows_at_once], dtype=np.float32)
             for question, places in zip(batch, self._candidates(batch, top_k), strict=True):
@@ -186,11 +190,11 @@ class DenseIndex:
     def recall(self) -> float:
         """How many of the 10 best passages it finds, as a share.
 
-        The questions are vectors of passages, evenly spaced, up to 1,000, each moved into a random direction by half
-        its length. Vectors of real questions may lie elsewhere.
+        The questions are its vectors, also of passages that are gone, evenly spaced, up to 1,000, each moved into a
+        random direction by half its length. Vectors of real questions may lie elsewhere.
         """
-        rows = np.linspace(0, len(self) - 1, min(_RECALL_SAMPLE, len(self))).astype(np.int64)
-        vectors = self.vectors_of(rows)
+        count = len(self.vectors)
+        vectors = self.vectors[np.linspace(0, count - 1, min(_RECALL_SAMPLE, count)).astype(np.int64)]
         noise = np.random.default_rng(0).standard_normal(vectors.shape)
         lengths = np.linalg.norm(vectors, axis=1, keepdims=True) / np.linalg.norm(noise, axis=1, keepdims=True)
         questions = (vectors + 0.5 * lengths * noise).astype(np.float32)
@@ -207,11 +211,32 @@ class DenseIndex:
         return self._finder is self._flat
 
     def _candidates(self, questions: np.ndarray, top_k: int) -> Iterator[np.ndarray]:
-        """For each question places of vectors that may be the best, [candidates]."""
+        """For each question places of vectors that may be the best, [candidates]; none of a passage that is gone."""
+        if self._is_exact:
+            yield from self._exact_candidates(questions, top_k)
+            return
+        wanted, asked = self._depths(top_k)
+        _, places = self._finder.search(questions, asked)
+        is_found = places >= 0
+        if self._rows is not None:
+            is_found &= self._rows[places] >= 0
+        is_short = is_found.sum(axis=1) < wanted
+        exact = self._exact_candidates(questions[is_short], top_k)
+        for of_question, found, short in zip(places, is_found, is_short, strict=True):
+            yield next(exact) if short else of_question[found]
+
+    def _depths(self, top_k: int) -> tuple[int, int]:
+        """How many candidates of a question are wanted, and how many the finder is asked for."""
         per_hit = _CODED_CANDIDATES if isinstance(self._finder, faiss.IndexIVF) else 1
         wanted = min(per_hit * top_k + _MARGIN, len(self))
-        scores, places = self._finder.search(questions, wanted, params=self._without_what_is_gone)
-        if wanted == len(self) or not self._is_exact:
+        total = self._flat.ntotal
+        return wanted, wanted if len(self) == total else min(2 * wanted * total // len(self), total)
+
+    def _exact_candidates(self, questions: np.ndarray, top_k: int) -> Iterator[np.ndarray]:
+        """As `_candidates`, where every vector is looked at."""
+        wanted = min(top_k + _MARGIN, len(self))
+        scores, places = self._flat.search(questions, wanted, params=self._without_what_is_gone)
+        if wanted == len(self):
             yield from (of_question[of_question >= 0] for of_question in places)
             return
         # FAISS leaves out any of equal scores, and rounds in ways that depend on the company of a question: the last
@@ -229,12 +254,7 @@ class DenseIndex:
     def _without_what_is_gone(self) -> "faiss.SearchParameters | None":
         if self._rows is None:
             return None
-        selector = faiss.IDSelectorBitmap(np.packbits(self._rows >= 0, bitorder="little"))
-        if isinstance(self._finder, faiss.IndexHNSW):
-            return faiss.SearchParametersHNSW(sel=selector, efSearch=self._finder.hnsw.efSearch)
-        if isinstance(self._finder, faiss.IndexIVF):
-            return faiss.SearchParametersIVF(sel=selector, nprobe=self._finder.nprobe)
-        return faiss.SearchParameters(sel=selector)
+        return faiss.SearchParameters(sel=faiss.IDSelectorBitmap(np.packbits(self._rows >= 0, bitorder="little")))
 
     def _scores(self, question: np.ndarray, places: np.ndarray) -> np.ndarray:
         """Inner products, float32 [places]."""

@@ -120,7 +120,9 @@ class Search:
 
 
 def _found(hits: list[PassageHit], empty_score: float | None) -> Found:
-    return Found(hits) if empty_score is None else Found(hits, empty_score, hits[0].score > empty_score)
+    if empty_score is None:
+        return Found(hits)
+    return Found(hits, empty_score, has_answer=bool(hits) and hits[0].score > empty_score)
 
 
 def best_weight(scores: Mapping[float | None, float]) -> float | None:

@@ -194,3 +194,40 @@ def test_passages_are_added_and_gone_without_a_new_graph_or_new_lists(approximat
     again = DenseIndex.extend(tmp_path / "after", added, rows)
     np.testing.assert_array_equal(again.vectors_of(np.arange(len(now))), now)
     assert again.recall() >= bound
+
+
+@pytest.mark.parametrize(("kind", "bound"), [("hnsw", 0.98), ("ivfpq", 0.8)])
+def test_where_all_that_is_near_a_question_has_gone_what_is_farther_is_found(approximate, kind, bound, tmp_path):
+    vectors, indexes = approximate
+    indexes[kind].save(tmp_path / "before")
+    is_gone = np.zeros(len(vectors), bool)
+    is_gone[np.argsort(-vectors @ vectors[0])[:2000]] = True
+    rows = np.full(len(vectors), -1)
+    rows[~is_gone] = np.arange(8000)
+    index = DenseIndex.extend(tmp_path / "before", np.empty((0, 32), np.float32), rows)
+    near, anywhere = vectors[is_gone][::50], vectors[::250]
+    for questions in (near, anywhere):
+        exact, hits = brute_force(vectors[~is_gone], questions, 20), found(index, questions, 20)
+        shares = [
+            len({row for row, _ in each} & {row for row, _ in best}) / 20
+            for each, best in zip(hits, exact, strict=True)
+        ]
+        assert np.mean(shares) >= bound and {len(each) for each in hits} == {20}
+
+
+def test_recall_is_also_of_questions_about_what_has_gone(approximate, tmp_path, monkeypatch):
+    vectors, indexes = approximate
+    indexes["hnsw"].save(tmp_path / "before")
+    rows = np.arange(len(vectors)) - 2000  # the first 2,000 have gone
+    index = DenseIndex.extend(tmp_path / "before", np.empty((0, 32), np.float32), np.maximum(rows, -1))
+    asked = []
+
+    def search(self, questions, top_k):
+        asked.extend(questions)
+        return whole_search(self, questions, top_k)
+
+    whole_search = DenseIndex.search
+    monkeypatch.setattr(DenseIndex, "search", search)
+    assert index.recall() >= 0.98
+    cosines = np.array(asked[:1000]) @ vectors.T
+    assert 0.15 < np.mean(cosines.argmax(axis=1) < 2000) < 0.25

@@ -200,9 +200,11 @@ def test_an_index_is_changed_without_a_new_graph(folder, passages, retriever, ca
     anew = Search(open_index(folder / "anew"), MixLMEncoder.from_pretrained(retriever, "cpu"))
     for find in ("dense", "hybrid"):
         assert list(getattr(search, find)(QUESTIONS, 10)) == list(getattr(anew, find)(QUESTIONS, 10))
-    # Where most of it would be dead weight, it is built from nothing.
-    build(passages[5:], retriever, folder, "hnsw")
-    assert "change" not in open_index(folder / "index").manifest["dense"]
+    # Where three of nine would be dead weight, where no more than half would stay, and where most is gone, it is built
+    # from nothing.
+    new = [Passage(f"new {number}", "", f"{number} cats") for number in range(6)]
+    for others in (changed[1:], [*changed[1:], *new], passages[5:]):
+        assert "change" not in build(others, retriever, folder, "hnsw")["dense"]
 
 
 def test_the_graph_of_another_encoder_is_not_kept(folder, passages, retriever, other_retriever):
@@ -348,6 +350,12 @@ class TestVerbs:
         for question, has_answer in zip(QUESTIONS, best > expected, strict=True):
             main(["search", "--index", "null-index", "--query", question])
             assert capsys.readouterr().out.startswith("no passage answers this question") == (not has_answer)
+
+    def test_where_nothing_is_found_there_is_no_answer(self, search, retriever, monkeypatch):
+        encoder = MixLMEncoder.from_pretrained(retriever, "cpu")
+        monkeypatch.setattr(search, "_empty_passage", encoder.encode_queries(["섬"])[0])
+        monkeypatch.setattr(index_dense.DenseIndex, "search", lambda self, vectors, top_k: ([] for _ in vectors))
+        assert [(found.hits, found.has_answer) for found in search.dense(QUESTIONS, 3)] == [([], False)] * 4
 
     def test_a_new_index_says_that_its_weight_is_gone(self, folder, retriever, capsys):
         main("tune --index index --queries questions.jsonl --qrels qrels".split())
