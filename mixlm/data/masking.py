@@ -11,7 +11,9 @@ from mixlm.errors import UserError
 IGNORED_LABEL = -100
 
 DEFAULT_PROBABILITY = 0.15
-MOST_PREDICTIONS_AT_DEFAULT = 80  # BERT's and ALBERT's limit for 512 tokens
+# Where every span is above the share, as in a row that is one word, only one of up to so many tokens is chosen (at the
+# default probability, and in proportion): what is longer is no word but a base64 block.
+LONGEST_ABOVE_SHARE = 80
 
 LONGEST_NGRAM = 3
 # p(n) is proportional to 1/n (ALBERT, Lan et al. 2019, section 4.1), as cumulative probabilities of n = 1, 2, 3.
@@ -82,7 +84,6 @@ class TokenMasker:
         word_start: whether an id starts a word, bool [vocab_size].
         probability: share of the tokens, special ones not counted, that are chosen.
         unit: what is chosen as a whole: "subword" (a token), "word", or "ngram" (one to three words).
-        max_predictions: most tokens chosen in a sequence; by default 80 at probability 0.15, and in proportion.
 
     Raises:
         UserError: the probability is not between 0 and 1, or the unit is unknown.
@@ -96,7 +97,6 @@ class TokenMasker:
         word_start: np.ndarray,
         probability: float = DEFAULT_PROBABILITY,
         unit: str = "ngram",
-        max_predictions: int | None = None,
     ):
         if not 0 < probability < 1:
             raise UserError(f"masking probability {probability}: must lie between 0 and 1, for example 0.15")
@@ -105,10 +105,8 @@ class TokenMasker:
         self.mask_token_id = mask_token_id
         self.probability = probability
         self.spans = SPANS_OF_UNIT[unit]
-        if max_predictions is None:
-            # Rounded first: 80 x 0.15 / 0.15 must not become 81.
-            max_predictions = math.ceil(round(MOST_PREDICTIONS_AT_DEFAULT * probability / DEFAULT_PROBABILITY, 6))
-        self.max_predictions = max_predictions
+        # Rounded first: 80 x 0.15 / 0.15 must not become 81.
+        self.longest_above_share = math.ceil(round(LONGEST_ABOVE_SHARE * probability / DEFAULT_PROBABILITY, 6))
         self.is_special = np.zeros(vocab_size, dtype=bool)
         self.is_special[list(special_ids)] = True
         self.ordinary_ids = np.flatnonzero(~self.is_special)
@@ -117,9 +115,9 @@ class TokenMasker:
     def __call__(self, ids: np.ndarray, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Mask one sequence.
 
-        The share of the tokens is rounded, and at least one. Spans are taken in random order; one that would go over
-        that number is passed over, so whole words stay whole and the number is only ever exceeded where every span
-        is longer: then the shortest is taken.
+        The share of the tokens is rounded, and at least one, however long the sequence is. Spans are taken in random
+        order; one that would go over that number is passed over, so whole words stay whole and the number is only
+        ever exceeded where every span is longer: then the shortest is taken, or none (see `LONGEST_ABOVE_SHARE`).
 
         Args:
             ids: the tokens, [length]; left as they are.
@@ -147,7 +145,7 @@ class TokenMasker:
         """Which tokens are chosen, bool [length]."""
         words = self._words(ids)
         chosen = bytearray(len(ids))  # single entries are read and written much faster than those of an array
-        remaining = min(max(1, round(self.probability * len(words.tokens))), self.max_predictions)
+        remaining = max(1, round(self.probability * len(words.tokens)))
         if len(words.tokens):
             for first, last in self.spans(words, random):
                 if last - first <= remaining and not any(chosen[first:last]):
@@ -157,7 +155,7 @@ class TokenMasker:
                         break
             if not any(chosen):
                 first, last = min(self.spans(words, random), key=lambda span: span[1] - span[0])
-                if last - first <= self.max_predictions:
+                if last - first <= self.longest_above_share:
                     chosen[first:last] = b"\x01" * (last - first)
         return np.frombuffer(chosen, dtype=bool)
 

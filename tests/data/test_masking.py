@@ -126,20 +126,25 @@ def test_ngrams_do_not_cross_special_tokens():
             assert not np.isin(ids[first:last], SPECIAL_IDS).any()
 
 
-def test_the_limit_of_predictions():
-    assert make_masker().max_predictions == 80
-    assert make_masker(probability=0.3).max_predictions == 160
-    assert make_masker(probability=0.2).max_predictions == 107
-    ids = np.full(512 * 2, 5)
-    masked = make_masker()(ids, np.random.default_rng(0))[1] >= 0
-    assert masked.sum() == 80
-    assert (make_masker(max_predictions=7)(ids, np.random.default_rng(0))[1] >= 0).sum() == 7
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("probability", [0.15, 0.4])
+@pytest.mark.parametrize("length", [512, 535, 1024, 4096])
+def test_the_share_is_the_same_at_every_length(unit, probability, length):
+    ids = np.full(length, 5)  # words of one token, so that no share is out of reach
+    chosen = make_masker(unit, probability=probability)(ids, np.random.default_rng(0))[1] >= 0
+    assert chosen.sum() == round(probability * length)
 
 
-def test_a_word_longer_than_the_share_is_still_masked_but_not_one_over_the_limit():
-    ids = np.array([CLS, 5, 6, 6, 6, SEP])
-    assert (make_masker("word")(ids, np.random.default_rng(0))[1] >= 0).tolist() == [False] + [True] * 4 + [False]
-    assert not (make_masker("word", max_predictions=3)(ids, np.random.default_rng(0))[1] >= 0).any()
+def test_a_word_longer_than_the_share_is_still_masked_but_not_a_block_of_a_hundred():
+    def is_masked(tokens, **options):
+        ids = np.array([CLS, 5, *[6] * (tokens - 1), SEP])
+        chosen = make_masker("word", **options)(ids, np.random.default_rng(0))[1] >= 0
+        assert not chosen[[0, -1]].any() and len(set(chosen[1:-1])) == 1
+        return chosen[1]
+
+    assert is_masked(4) and is_masked(80) and not is_masked(81)
+    assert is_masked(107, probability=0.2) and not is_masked(108, probability=0.2)
+    assert is_masked(160, probability=0.3) and not is_masked(161, probability=0.3)
 
 
 @pytest.mark.parametrize("probability", [0, 1, -0.1, 1.5, float("nan")])
