@@ -53,7 +53,6 @@ def stats_verb(arguments: argparse.Namespace) -> None:
 
         tokenizer = load_tokenizer(arguments.tokenizer)
         backend, unknown_id = tokenizer.backend_tokenizer, tokenizer.unk_token_id
-        backend.encode_special_tokens = True  # "[MASK]" in a text is text
     statistics = corpus_statistics(_documents(arguments), backend, unknown_id, arguments.evaluation_file)
     if arguments.json:
         print(json.dumps(asdict(statistics), indent=2, ensure_ascii=False))

@@ -132,7 +132,7 @@ def corpus_statistics(
 
     Args:
         documents: of the corpus; read once.
-        tokenizer: counts tokens too.
+        tokenizer: counts tokens too; its truncation and padding are not used, and "[MASK]" in a text is text.
         unknown_id: of its token for what it does not know.
         evaluation_files: SQuAD-style files or folders (`mixlm.data.squad.read_squad`) that are looked for in it.
 
@@ -143,6 +143,10 @@ def corpus_statistics(
     counts = Counter()
     lengths = {"sentences of a document": _Lengths(), "characters of a sentence": _Lengths()}
     if tokenizer is not None:
+        tokenizer = Tokenizer.from_str(tokenizer.to_str())  # a copy: how the caller's cuts texts stays as it is
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        tokenizer.encode_special_tokens = True
         lengths |= {"tokens of a sentence": _Lengths(), "tokens of a document": _Lengths()}
     exact, similar, sentence_hashes = _Hashes(), _Hashes(), _Hashes()
     progress = progress_bar(documents, desc="reading the corpus", unit=" documents")

@@ -60,15 +60,17 @@ def test_tokens_are_those_of_the_tokenizer():
     corpus = documents("aa b/c", "[MASK] zz a")
     backend = tokenizer.backend_tokenizer
     backend.encode_special_tokens = True
+    ids = [[backend.encode(sentence, add_special_tokens=False).ids for sentence in each.sentences] for each in corpus]
+    backend.encode_special_tokens = False
+    backend.enable_truncation(1)
+    backend.enable_padding(length=8)
+    as_it_was = backend.to_str()
     found = corpus_statistics(corpus, backend, tokenizer.unk_token_id)
-    ids = [
-        [tokenizer.backend_tokenizer.encode(sentence, add_special_tokens=False).ids for sentence in each.sentences]
-        for each in corpus
-    ]
     assert found.tokens == sum(len(sentence) for each in ids for sentence in each)
     assert found.unknown_tokens == sum(sentence.count(tokenizer.unk_token_id) for each in ids for sentence in each) > 0
     assert found.lengths["tokens of a document"].longest == max(sum(map(len, each)) for each in ids)
     assert found.lengths["tokens of a sentence"].longest == max(len(sentence) for each in ids for sentence in each)
+    assert backend.to_str() == as_it_was and not backend.encode_special_tokens
 
 
 def test_duplicates():
