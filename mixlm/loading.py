@@ -35,7 +35,10 @@ def loading(name: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, *_OWN_CLASSES) as error:
-        raise UserError(f"{name}: cannot be loaded: {one_line(error)}") from error
+        reason = one_line(error)
+        if "ignore_mismatched_sizes" in reason:  # what is wrong is in a report, which is not shown within `loading`
+            reason = "its weights do not have the shapes that its config.json says; is that of another model?"
+        raise UserError(f"{name}: cannot be loaded: {reason}") from error
     finally:
         logging.set_verbosity(verbosity)
 

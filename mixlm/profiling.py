@@ -15,7 +15,6 @@ from math import prod
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.autograd import DeviceType
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -32,6 +31,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForPreTraining, PreTrai
 from .configuration import MixLMConfig, MixLMSwitchConfig, read_config
 from .errors import UserError
 from .heads import IGNORE
+from .loading import loading
 from .progress import progress_bar
 from .training.optimization import OptimizerSettings
 
@@ -125,7 +125,7 @@ def saved_model(name_or_folder: str, length: int, inference: bool) -> PreTrained
     Raises:
         UserError: it cannot be loaded, is of another family, or takes fewer than `length` tokens.
     """
-    try:
+    with loading(f"--model {name_or_folder}"):
         config = AutoConfig.from_pretrained(name_or_folder, trust_remote_code=False)
         if not isinstance(config, MixLMConfig | MixLMSwitchConfig):
             known = f"{MixLMConfig.model_type} or {MixLMSwitchConfig.model_type}"
@@ -137,8 +137,6 @@ def saved_model(name_or_folder: str, length: int, inference: bool) -> PreTrained
         return auto_class.from_pretrained(
             name_or_folder, config=config, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
         )
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"--model {name_or_folder}: cannot be loaded: {error}") from error
 
 
 def random_batch(

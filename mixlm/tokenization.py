@@ -362,7 +362,7 @@ def _why_not_loaded(path: Path, error: Exception) -> str:
         if (path / "vocab.txt").exists():
             return f"no tokenizer.json in it; make one: mixlm tokenizer from-vocab {path / 'vocab.txt'} --out DIR"
         return "no tokenizer.json in it"
-    reason = one_line(str(error).strip().partition("\n")[0]) or type(error).__name__
+    reason = one_line(error) or type(error).__name__
     return reason if path.is_dir() else f"no such folder, and not to be had from the Hub: {reason}"
 
 

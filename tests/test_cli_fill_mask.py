@@ -1,5 +1,8 @@
 """`mixlm fill-mask`."""
 
+import json
+import shutil
+
 import pytest
 from remote_models import tiny_model, tiny_tokenizer
 
@@ -34,3 +37,34 @@ def test_what_is_wrong_is_one_line(folder, capsys, arguments, message):
         main(["fill-mask", "--model", folder, *arguments])
     error = capsys.readouterr().err
     assert ended.value.code == 2 and error == f"error: {message}\n"
+
+
+def refusal(folder, capsys) -> str:
+    """The one line of the error about a model."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main(["fill-mask", "--model", str(folder), "서울 은 [MASK]"])
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
+    return error
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kernel_size": 4}, "kernel_size=4 must be odd"),
+        ({"ff_dim": 128}, "cannot be loaded: its weights do not have the shapes that its config.json says"),
+    ],
+)
+def test_a_configuration_that_is_wrong_or_of_another_model(folder, tmp_path, capsys, changes, message):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    fields = json.loads((tmp_path / "config.json").read_text("utf-8"))
+    (tmp_path / "config.json").write_text(json.dumps({**fields, **changes}), "utf-8")
+    line = refusal(tmp_path, capsys)
+    assert str(tmp_path) in line and message in line
+
+
+def test_a_model_without_a_head_for_masked_tokens(tmp_path, capsys):
+    tiny_model(mixlm.MixLMForQuestionAnswering).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    assert f"--model {tmp_path}: lacks 5 weights that fill masks, such as mlm_head." in refusal(tmp_path, capsys)

@@ -1,5 +1,6 @@
 """What `mixlm profile` measures, against numbers known beforehand, and what it prints and refuses."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -339,6 +340,18 @@ class TestRefused:
 
     def test_a_folder_without_a_model(self, refused, tmp_path):
         assert f"--model {tmp_path}: cannot be loaded" in refused("--model", tmp_path)
+
+    def test_a_configuration_that_is_wrong_or_of_another_model(self, refused, tmp_path):
+        config = MixLMConfig.from_preset("mixlm-tiny")
+        MixLMForPreTraining(config).save_pretrained(tmp_path)
+        fields = json.loads((tmp_path / "config.json").read_text("utf-8"))
+        for changes, message in (
+            ({"kernel_size": 4}, "kernel_size=4 must be odd"),
+            ({"hidden_size": 64}, "its weights do not have the shapes that its config.json says"),
+        ):
+            (tmp_path / "config.json").write_text(json.dumps({**fields, **changes}), "utf-8")
+            line = refused("--model", tmp_path, "--shape", "1x8")
+            assert f"--model {tmp_path}: cannot be loaded" in line and message in line
 
     def test_no_cuda(self, refused, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

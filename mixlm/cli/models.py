@@ -78,12 +78,12 @@ def fill_mask_verb(arguments: argparse.Namespace) -> None:
     if arguments.top < 1:
         raise UserError(f"--top {arguments.top}: must be 1 or more")
     text = text_of("the text", arguments.text)
-    from safetensors import SafetensorError
     from transformers import AutoModelForMaskedLM, pipeline
     from transformers.utils.logging import disable_progress_bar
 
     import mixlm  # noqa: F401  registers the model families
 
+    from ..loading import loading
     from ..tokenization import load_tokenizer
 
     disable_progress_bar()
@@ -91,10 +91,15 @@ def fill_mask_verb(arguments: argparse.Namespace) -> None:
     masks = text.count(tokenizer.mask_token)
     if not masks:
         raise UserError(f"no {tokenizer.mask_token} in {text!r}; put it where a word is to be found")
-    try:
-        model = AutoModelForMaskedLM.from_pretrained(arguments.model, trust_remote_code=False, use_safetensors=True)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"--model {arguments.model}: cannot be loaded: {error}") from error
+    with loading(f"--model {arguments.model}"):
+        model, report = AutoModelForMaskedLM.from_pretrained(
+            arguments.model, output_loading_info=True, trust_remote_code=False, use_safetensors=True
+        )
+    if missing := sorted(report["missing_keys"]):
+        raise UserError(
+            f"--model {arguments.model}: lacks {len(missing)} weights that fill masks, such as {missing[0]}; use a "
+            "model that was trained with masked tokens"
+        )
     if arguments.top > model.config.vocab_size:
         raise UserError(f"--top {arguments.top}: the vocabulary has {model.config.vocab_size:,} tokens")
     length, longest = len(tokenizer(text).input_ids), model.config.max_position_embeddings
