@@ -58,6 +58,11 @@ def build_model(arguments: PretrainingArguments, tokenizer):
             f"--max_seq_length={arguments.max_seq_length} is above max_position_embeddings="
             f"{config.max_position_embeddings} of {source}; use a shorter length or another configuration"
         )
+    if arguments.task == "SOP" and config.type_vocab_size < 2:
+        raise UserError(
+            f"{source}: type_vocab_size={config.type_vocab_size}, but --task SOP tells its parts by two token types; "
+            "set type_vocab_size to 2, or use --task ICT"
+        )
     return model_class(config)
 
 

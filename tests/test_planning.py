@@ -374,6 +374,15 @@ class TestVerb:
         )
         assert f"--family switch --config_file {file} --task ICT" in capsys.readouterr().out
 
+    def test_sentence_order_needs_two_token_types(self, refused, capsys, tmp_path):
+        MixLMConfig(**TINY, kernel_size=5, type_vocab_size=1).save_pretrained(tmp_path)
+        file = str(tmp_path / "config.json")
+        options = ("--config_file", file, "--max_seq_length", "16", "--device_memory", "1GB", "--probe_steps", "0")
+        line = refused(*options)
+        assert line.startswith(f"error: {file}: type_vocab_size=1, but --task SOP") and "--task ICT" in line
+        main(["plan", *options, "--task", "ICT", "--device", "cpu"])
+        assert "--zero 0 is enough" in capsys.readouterr().out
+
     def test_wrong_numbers(self, refused):
         for option, value in (
             *(("--world_size", "0"), ("--train_batch_size", "-1"), ("--max_seq_length", "3")),

@@ -379,6 +379,7 @@ WRONG_CONFIGURATIONS = {
     "a fraction": ("mixlm", {"num_heads": 2.5}, ["num_heads"]),
     "number for a text": ("mixlm", {"act_fn": 1}, ["act_fn"]),
     "choice": ("mixlm", {"pooler": "max"}, ["pooler", "max"]),
+    "one token type": ("switch", {"type_vocab_size": 1}, ["type_vocab_size=1", "--task SOP", "--task ICT"]),
     "other family": ("mixlm", {"model_type": "mixlm_switch"}, ["mixlm_switch", "model_type"]),
 }
 

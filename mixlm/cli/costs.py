@@ -178,6 +178,11 @@ def plan_verb(arguments: argparse.Namespace) -> None:
         raise UserError(
             f"--max_seq_length {length}: above max_position_embeddings={config.max_position_embeddings} of {name}"
         )
+    if arguments.task == "SOP" and config.type_vocab_size < 2:
+        raise UserError(
+            f"{name}: type_vocab_size={config.type_vocab_size}, but --task SOP tells its parts by two token types; "
+            "set type_vocab_size to 2, or use --task ICT"
+        )
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     ranks = arguments.world_size or (torch.cuda.device_count() if device == "cuda" else 1) or 1
     if arguments.device_memory is not None:
