@@ -31,8 +31,8 @@ def numbered_lines(file: Path) -> Iterator[tuple[int, str]]:
     try:
         with COMPRESSED.get(file.suffix, open)(file, "rb") as stream:
             for number, line in enumerate(stream, start=1):
-                decoded = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                yield number, decoded
+                decoded = line.decode("utf-8")
+                yield number, decoded.removeprefix("\ufeff") if number == 1 else decoded
                 offset += len(line)
     except UnicodeDecodeError as error:
         position = offset + error.start

@@ -82,6 +82,13 @@ def test_bytes_that_are_not_utf8_are_named(tmp_path):
     assert_user_error(tmp_path / "a.dat", "line 2", f"0xc7 at offset {len(good) + 2}", "UTF-8")
 
 
+def test_a_byte_order_mark_is_counted_among_the_bytes_before_the_wrong_one(tmp_path):
+    (tmp_path / "a.dat").write_bytes("\ufeffab".encode() + "한글".encode("cp949"))
+    assert_user_error(tmp_path / "a.dat", "line 1", "0xc7 at offset 5 of")
+    (tmp_path / "a.dat").write_bytes("\ufeff좋은 줄\n".encode() + "한글".encode("cp949"))
+    assert_user_error(tmp_path / "a.dat", "line 2", f"0xc7 at offset {3 + 10 + 1} of")
+
+
 @pytest.mark.parametrize(("suffix", "compress"), [("xz", lzma.compress), ("gz", gzip.compress)])
 def test_truncated_and_damaged_compressed_files_are_named(tmp_path, suffix, compress):
     packed = compress("".join(f"sentence {number}\n\n" for number in range(5000)).encode())
