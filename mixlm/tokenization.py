@@ -139,7 +139,7 @@ def train_tokenizer(
         The tokenizer, with [PAD] [UNK] [CLS] [SEP] [MASK] at ids 0 to 4.
 
     Raises:
-        UserError: a size too small to hold anything, or sentences without any text.
+        UserError: a size without a place for any character, or sentences without any text.
     """
     if vocab_size <= len(SPECIAL_TOKENS):
         raise UserError(
@@ -162,6 +162,11 @@ def train_tokenizer(
         return len(split_into_words("a" + character)) > 1
 
     characters = _alphabet(word_counts, vocab_size - len(SPECIAL_TOKENS), stands_alone)
+    if not characters:
+        raise UserError(
+            f"vocab_size {vocab_size}: too small for a single character of the text: it takes up to 2, and half "
+            f"of what the {len(SPECIAL_TOKENS)} special tokens leave is for characters; 32000 is usual"
+        )
     # While merges are learned, a character that continues a word is another one than the same character at a word's
     # beginning: one of the private-use planes, which no text holds after normalization. (WordPieceTrainer would write
     # "##" instead. But it numbers those in the order of a hash map that is seeded anew each time and breaks ties by

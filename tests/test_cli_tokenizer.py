@@ -70,6 +70,16 @@ class TestTrain:
         tokens = AutoTokenizer.from_pretrained(out.with_name("frequent")).tokenize("나는")
         assert tokens == ["나", "##는"]
 
+    def test_characters_that_do_not_fit_are_told(self, corpus, out, capsys):
+        train(corpus, out, "--vocab_size", "10")
+        tokenizer = AutoTokenizer.from_pretrained(out)
+        characters = set(CORPUS) - {" ", "\n"}
+        left_out = sum("[UNK]" in tokenizer.tokenize(character) for character in characters)
+        assert 5 < len(tokenizer) < 10 and 0 < left_out < len(characters)
+        printed = capsys.readouterr().out
+        assert f"asked for: {left_out} characters of the corpus did not fit" in printed
+        assert "larger --vocab_size" in printed and "no more pieces" not in printed
+
     def test_an_empty_folder_is_filled(self, corpus, out):
         out.mkdir(parents=True)
         train(corpus, out)
@@ -102,6 +112,7 @@ class TestTrain:
         common = ("tokenizer", "train", "--out", out, "--corpus_path")
         assert "nowhere" in refused(*common, tmp_path / "nowhere")
         assert "vocab_size 3" in refused(*common, corpus, "--vocab_size", "3")
+        assert "vocab_size 6: too small for a single character" in refused(*common, corpus, "--vocab_size", "6")
         assert "min_frequency 0" in refused(*common, corpus, "--min_frequency", "0")
         assert "--max_length 2" in refused(*common, corpus, "--max_length", "2")
         assert not out.exists()

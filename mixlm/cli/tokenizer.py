@@ -87,17 +87,31 @@ def train_verb(arguments: argparse.Namespace) -> None:
     _check_new_tokenizer(arguments)
     from ..tokenization import train_tokenizer
 
+    characters: set[str] = set()
+
+    def sentences() -> Iterator[str]:
+        for sentence in _read_sentences(arguments.corpus_path):
+            characters.update(sentence)
+            yield sentence
+
     tokenizer = train_tokenizer(
-        _read_sentences(arguments.corpus_path),
+        sentences(),
         arguments.vocab_size,
         lowercase=arguments.lowercase,
         min_frequency=arguments.min_frequency,
     )
     _save_tokenizer(tokenizer, arguments)
     if len(tokenizer) < arguments.vocab_size:
+        left_out = sum(tokenizer.unk_token in tokenizer.tokenize(character) for character in characters)
+        if left_out:
+            reason = f"{left_out:,} characters of the corpus did not fit, and no word that has one is learned from"
+            remedy = "give a larger --vocab_size"
+        else:
+            reason = f"the corpus has no more pieces that occur {arguments.min_frequency} times"
+            remedy = "give more text"
         print(
-            f"These are fewer than the {arguments.vocab_size:,} asked for: the corpus has no more pieces that occur "
-            f"{arguments.min_frequency} times. Set the model's vocab_size to {len(tokenizer)}, or give more text."
+            f"These are fewer than the {arguments.vocab_size:,} asked for: {reason}. "
+            f"Set the model's vocab_size to {len(tokenizer)}, or {remedy}."
         )
 
 
