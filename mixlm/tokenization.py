@@ -11,9 +11,10 @@ What happens to text before it is cut, and what does not:
   Hangul syllable apart.
 * Text is not composed to NFC. The NFC normalizer of `tokenizers` maps a composed character to the *first* of the code
   points it was made of, so the end of a token over decomposed Hangul falls inside a syllable and `text[start:end]`
-  loses its last letters. Offsets that are always right matter more: code that reads text from files composes it with
-  `unicodedata.normalize("NFC", text)` before anything counts characters. Decomposed text that comes through anyway is
-  cut into the tokens of its own code points.
+  loses its last letters. Offsets that are always right matter more, so text is composed before it comes here, with
+  `unicodedata.normalize("NFC", text)`; of contexts of machine reading, whose answers are places in the text as it is,
+  the Hangul alone, with `mixlm.data.hangul`. Decomposed text that comes through anyway is cut into the tokens of its
+  own code points.
 """
 
 import math
@@ -28,6 +29,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from .data.hangul import compose_hangul
 from .data.squad import Answer, SkippedAnswer, read_squad
 from .errors import UserError, one_line
 from .progress import draws_over, progress_bar
@@ -515,6 +517,7 @@ def answers_on_token_borders(
     """Which answers begin where a token begins and end where a token ends, so that a span of tokens can hit them.
 
     Blanks around a token do not count, as they do not in an answer that is read: some tokenizers have them in it.
+    Hangul is composed before it is cut, as in `mixlm.data.reading`.
 
     Args:
         tokenizer: any fast tokenizer.
@@ -530,9 +533,11 @@ def answers_on_token_borders(
     on_borders = set()
     with progress_bar(desc="reading the contexts", unit=" contexts") as progress:
         for batch in _batches(answers_of.items()):
-            encodings = backend.encode_batch([context for context, _ in batch], add_special_tokens=False)
-            for (context, golds), encoding in zip(batch, encodings, strict=True):
-                tokens = [(start, end, context[start:end]) for start, end in encoding.offsets]
+            composed, borders = zip(*(compose_hangul(context) for context, _ in batch), strict=True)
+            encodings = backend.encode_batch(composed, add_special_tokens=False)
+            for (context, golds), of_context, encoding in zip(batch, borders, encodings, strict=True):
+                offsets = of_context[np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)].tolist()
+                tokens = [(start, end, context[start:end]) for start, end in offsets]
                 starts = {end - len(token.lstrip()) for _, end, token in tokens}
                 ends = {start + len(token.rstrip()) for start, _, token in tokens}
                 on_borders.update((context, gold) for gold in golds if gold.start in starts and gold.end in ends)

@@ -484,6 +484,12 @@ class TestReport:
         hit, missed = Answer("quick brown", 4), Answer("uick brown", 5)
         assert answers_on_token_borders(tokenizer, [(context, hit), (context, missed)]) == {(context, hit)}
 
+    def test_decomposed_hangul_has_the_borders_of_its_syllables(self, toy):
+        context = unicodedata.normalize("NFD", "나는 학교에 간다.")
+        texts = [unicodedata.normalize("NFD", text) for text in ("학교", "학교에", "교에")]
+        answers = [(context, Answer(text, context.index(text))) for text in texts]
+        assert answers_on_token_borders(toy, answers) == set(answers[:2])
+
     def test_truncation_and_padding_of_the_tokenizer_do_not_count(self, toy, tmp_path):
         file = self.squad(tmp_path, self.question("q", (7, "간다")))
         expected = tokenizer_report(toy, self.SENTENCES, [file])

@@ -3,17 +3,16 @@
 What is a particle depends on the sentence, so morphemes are those that Kiwi finds in the whole context.
 """
 
-import re
-import unicodedata
 from functools import lru_cache
 
+import numpy as np
+
+from .hangul import compose_hangul
 from .packages import kiwi, required
 
 ANALYSED_CONTEXTS = 10_000  # that are remembered: the candidates of a question, and its neighbours, share a context
 
 _PARTICLE, _BLANK, _OTHER = "p", " ", "o"
-# A syllable in letters of its own (NFD), or any one character: what becomes one character when it is composed.
-_COMPOSED_AS_ONE = re.compile("[\u1100-\u1112][\u1161-\u1175][\u11a8-\u11c2]?|.", re.DOTALL)
 
 
 def require_kiwi() -> None:
@@ -41,14 +40,15 @@ def end_without_particles(context: str, start: int, end: int) -> int:
 @lru_cache(maxsize=ANALYSED_CONTEXTS)
 def _kinds_of_characters(context: str) -> str:
     """For each character of a text `_PARTICLE`, if it belongs to particles alone, or else `_BLANK` or `_OTHER`."""
-    originals = _COMPOSED_AS_ONE.findall(context)  # Kiwi knows no syllables in letters of their own
-    composed = "".join(unicodedata.normalize("NFC", part) if len(part) > 1 else part for part in originals)
+    composed, borders = compose_hangul(context)  # Kiwi knows no syllables that are written as their letters
     kinds = [_OTHER] * len(composed)
     morphemes = kiwi().tokenize(composed)
     for is_particle in (True, False):  # what a particle shares with another morpheme is not its own
         for morpheme in morphemes:
             if morpheme.tag.startswith("J") == is_particle:
                 kinds[morpheme.start : morpheme.end] = (_PARTICLE if is_particle else _OTHER) * morpheme.len
+    lengths = np.diff(borders).tolist()
     return "".join(
-        (_BLANK if part.isspace() else kind) * len(part) for kind, part in zip(kinds, originals, strict=True)
+        (_BLANK if character.isspace() else kind) * length
+        for kind, character, length in zip(kinds, composed, lengths, strict=True)
     )

@@ -3,6 +3,7 @@
 Windows, the rule for which of them a token belongs to, and the files of predictions are those of BERT's run_squad.py.
 """
 
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -12,6 +13,7 @@ from tokenizers import Tokenizer
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
+from mixlm.data.hangul import compose_hangul
 from mixlm.data.particles import end_without_particles
 from mixlm.data.squad import ReadingExample, SkippedAnswer
 from mixlm.errors import UserError
@@ -94,6 +96,9 @@ class ReadingWindows(Dataset):
     `end_positions` (first and last token of the first answer; both 0, [CLS], where the window does not hold all of
     it), and `window` (its own index: the order of batches is another one).
 
+    The tokenizer is given questions in NFC, and contexts whose Hangul is syllables where it was letters (NFD); offsets
+    are places in the contexts as they are.
+
     Args:
         examples: the questions.
         tokenizer: any fast tokenizer with [CLS] and [SEP]; its truncation and padding are not used.
@@ -146,8 +151,10 @@ class ReadingWindows(Dataset):
         self._answer_tokens = np.array(answer_tokens, dtype=np.int64).reshape(-1, 2)
         self._contexts = [contexts[example.context] for example in self.examples]
 
-        questions = _encode(backend, [example.question for example in self.examples], "questions")
-        whole_questions = [questions[example.question][0] for example in self.examples]
+        # What pretraining reads is in NFC too. Of contexts only the Hangul is composed, because offsets are needed.
+        asked = [unicodedata.normalize("NFC", example.question) for example in self.examples]
+        questions = _encode(backend, asked, "questions")
+        whole_questions = [questions[question][0] for question in asked]
         self._questions = [ids[:max_query_length] for ids in whole_questions]
         self.cut_questions = sum(len(ids) > max_query_length for ids in whole_questions)
 
@@ -403,15 +410,20 @@ def _check_lengths(max_seq_length: int, doc_stride: int, max_query_length: int) 
 
 
 def _encode(backend: Tokenizer, texts: Sequence[str], unit: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Ids [tokens] and offsets [tokens, 2] of each text, without special tokens. Each text is encoded once."""
+    """Ids [tokens] and offsets [tokens, 2] of each text, without special tokens. Each text is encoded once.
+
+    Ids are those of the text with its Hangul composed, offsets are places in the text as it is.
+    """
     distinct = list(dict.fromkeys(texts))
     encoded = {}
     with progress_bar(desc=f"tokenizing {unit}", total=len(distinct), unit=f" {unit}", leave=False) as progress:
         for first in range(0, len(distinct), ENCODE_BATCH):
             batch = distinct[first : first + ENCODE_BATCH]
-            for text, encoding in zip(batch, backend.encode_batch(batch, add_special_tokens=False), strict=True):
+            composed, borders = zip(*map(compose_hangul, batch), strict=True)
+            encodings = backend.encode_batch(composed, add_special_tokens=False)
+            for text, of_text, encoding in zip(batch, borders, encodings, strict=True):
                 ids = np.array(encoding.ids, dtype=np.int64)
-                encoded[text] = ids, np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+                encoded[text] = ids, of_text[np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)]
             progress.update(len(batch))
     return encoded
 

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from mixlm.data.batching import LengthBucketedBatches, collate, evaluation_batches, training_batches
+from mixlm.data.hangul import compose_hangul
 from mixlm.data.reading import ReadingWindows, Span, Window, best_spans, null_span, predictions_of, read_answers
 from mixlm.data.squad import Answer, ReadingExample, count_unanswerable, read_squad
 from mixlm.errors import UserError
@@ -130,6 +131,23 @@ class TestWindows:
         assert window.context_position == len(asked) + 2 and window.first_token == 0
         assert window.offsets.tolist() == [list(each) for each in offsets]
         assert window.has_max_context.all()
+
+    def test_decomposed_hangul_is_read_as_composed_and_answers_stay_as_they_are(self):
+        context, asked = "café에서 그는 대한민국의 수도 서울에 산다.", "수도가 어디? café"
+        decomposed = unicodedata.normalize("NFD", context).replace("e\u0301", "é")
+        composed = ReadingWindows([question(context, "수도 서울", asked=asked)], TOKENIZER)
+        answer = unicodedata.normalize("NFD", "수도 서울")
+        example = question(decomposed, answer, asked=unicodedata.normalize("NFD", asked))
+        windows = ReadingWindows([example], TOKENIZER)
+        for name, value in composed[0, 0].items():
+            assert np.array_equal(windows[0, 0][name], value), name
+        expected = predict(composed, *gold_logits(composed)).predictions["q"]
+        found = predict(windows, *gold_logits(windows)).predictions["q"]
+        assert found == unicodedata.normalize("NFD", expected) != expected
+        assert answer in found and found in decomposed
+        (window,), (other,) = windows.windows_of(0), composed.windows_of(0)
+        for (start, end), (other_start, other_end) in zip(window.offsets, other.offsets, strict=True):
+            assert unicodedata.normalize("NFC", decomposed[start:end]) == context[other_start:other_end]
 
     def test_windows_overlap_by_their_stride(self):
         context = words(40)
@@ -469,13 +487,16 @@ class TestAnyText:
         windows = ReadingWindows(
             [question(context, is_impossible=True)], tokenizer, room + asked + 3, min(stride, room - 1), asked
         )
-        encoded = tokenizer(context, add_special_tokens=False, return_offsets_mapping=True)
+        composed, borders = compose_hangul(context)
+        how = {"add_special_tokens": False, "split_special_tokens": True, "return_offsets_mapping": True}
+        encoded = tokenizer(composed, **how)
+        offsets = [tuple(borders[list(each)].tolist()) for each in encoded["offset_mapping"]]
         tokens = len(encoded["input_ids"])
         in_windows, with_max_context = np.zeros(tokens, dtype=int), np.zeros(tokens, dtype=int)
         of_example = windows.windows_of(0)
         for window in of_example:
             part = slice(window.first_token, window.first_token + len(window.offsets))
-            assert [tuple(each) for each in window.offsets] == encoded["offset_mapping"][part]
+            assert [tuple(each) for each in window.offsets] == offsets[part]
             ids = windows[0, window.number]["input_ids"][window.context_position : -1]
             assert ids.tolist() == encoded["input_ids"][part]
             in_windows[part] += 1
