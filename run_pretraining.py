@@ -16,6 +16,7 @@ from mixlm.data.examples import InverseClozeExamples, SentenceOrderExamples
 from mixlm.data.masking import TokenMasker
 from mixlm.data.store import TokenizedCorpus, open_corpus
 from mixlm.errors import UserError, exits_on_user_error
+from mixlm.loading import require_token_types
 from mixlm.tokenization import load_tokenizer, word_start_table
 from mixlm.training.arguments import PretrainingArguments, parse_arguments
 from mixlm.training.batches import TrainingBatches
@@ -58,11 +59,8 @@ def build_model(arguments: PretrainingArguments, tokenizer):
             f"--max_seq_length={arguments.max_seq_length} is above max_position_embeddings="
             f"{config.max_position_embeddings} of {source}; use a shorter length or another configuration"
         )
-    if arguments.task == "SOP" and config.type_vocab_size < 2:
-        raise UserError(
-            f"{source}: type_vocab_size={config.type_vocab_size}, but --task SOP tells its parts by two token types; "
-            "set type_vocab_size to 2, or use --task ICT"
-        )
+    if arguments.task == "SOP":
+        require_token_types(config, str(source))
     return model_class(config)
 
 

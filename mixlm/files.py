@@ -25,7 +25,8 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
     It lies beside `folder` as `.NAME.partial`, and is flushed to the disk before it is renamed, so that a power cut
     leaves no folder with empty files either. What it replaces lies aside as `.NAME.earlier` for that moment. What an
-    interrupted process has left is put back or removed by the next one. A link stays: what it leads to is replaced.
+    interrupted process has left is put back or removed by the next one that writes it. A link stays: what it leads to
+    is replaced.
 
     Raises:
         UserError: a disk is mounted at `folder`, so that nothing can take its place.

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Self
 from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import RemoteEntryNotFoundError, StrictDataclassError
 from safetensors import SafetensorError
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from .errors import UserError, one_line
@@ -51,6 +51,15 @@ def require_room(model: PreTrainedModel, name: str, **lengths: int) -> None:
             raise UserError(f"--{argument}={length}: {name} takes at most {longest} tokens (max_position_embeddings)")
 
 
+def require_token_types(config: PretrainedConfig, name: str) -> None:
+    """Raise UserError unless a model of the configuration `name` can tell the parts of a SOP example from each other."""
+    if config.type_vocab_size < 2:
+        raise UserError(
+            f"{name}: type_vocab_size={config.type_vocab_size}, but --task SOP tells its parts by two token types; "
+            "set type_vocab_size to 2, or use --task ICT"
+        )
+
+
 def require_vocabulary(model: PreTrainedModel, name: str, tokenizer: PreTrainedTokenizerFast) -> None:
     """Raise UserError if the tokenizer has tokens that the model called `name` does not know."""
     known = model.config.vocab_size
@@ -88,13 +97,16 @@ class StoredSettings:
         """
         file = Path(name_or_path) / cls.file_name
         if not Path(name_or_path).is_dir():
-            if try_to_load_from_cache(str(name_or_path), cls.file_name) is _CACHED_NO_EXIST:
-                return None
             try:
                 file = Path(hf_hub_download(str(name_or_path), cls.file_name))
-            except RemoteEntryNotFoundError:  # that the Hub cannot be reached is another one
+            except RemoteEntryNotFoundError:
                 return None
-            except (OSError, ValueError) as error:
+            except (
+                OSError,
+                ValueError,
+            ) as error:  # also where the Hub cannot be reached: it may have been asked before
+                if try_to_load_from_cache(str(name_or_path), cls.file_name) is _CACHED_NO_EXIST:
+                    return None
                 raise UserError(f"{name_or_path}: {cls.file_name} cannot be had: {one_line(error)}") from error
         try:
             values = json.loads(file.read_text("utf-8"))

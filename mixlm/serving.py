@@ -189,7 +189,9 @@ def build_app(answering: OpenQA, examples: Sequence[str]) -> FastAPI:
         if "upload" in request.url.path.split("/"):  # Gradio would keep any file of anybody, and show it to all
             return JSONResponse({"error": "files are not taken"}, 404)
         if request.method == "POST" and not _is_small(request.headers):
-            problem = f"a request has at most {LARGEST_BODY:,} bytes, and its Content-Length alone says how many"
+            problem = (
+                f"a request has at most {LARGEST_BODY:,} bytes, says how many in Content-Length, and is not in chunks"
+            )
             return JSONResponse({"error": problem}, 413)
         response = await handle(request)
         response.headers["Content-Security-Policy"] = _ONLY_FROM_HERE

@@ -161,6 +161,7 @@ def plan_verb(arguments: argparse.Namespace) -> None:
     import torch
 
     from ..configuration import read_config
+    from ..loading import require_token_types
     from ..planning import Setting, make_plans
     from ..probing import probe, why_no_probe
     from ..progress import progress_bar
@@ -178,11 +179,8 @@ def plan_verb(arguments: argparse.Namespace) -> None:
         raise UserError(
             f"--max_seq_length {length}: above max_position_embeddings={config.max_position_embeddings} of {name}"
         )
-    if arguments.task == "SOP" and config.type_vocab_size < 2:
-        raise UserError(
-            f"{name}: type_vocab_size={config.type_vocab_size}, but --task SOP tells its parts by two token types; "
-            "set type_vocab_size to 2, or use --task ICT"
-        )
+    if arguments.task == "SOP":
+        require_token_types(config, name)
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     ranks = arguments.world_size or (torch.cuda.device_count() if device == "cuda" else 1) or 1
     if arguments.device_memory is not None:

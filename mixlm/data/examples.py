@@ -161,7 +161,7 @@ class InverseClozeExamples(_BlockExamples):
         """As long as a batch is ever padded to: its longest query and its longest context can be of two examples."""
         block = self._sentences(int(np.argmax(self.blocks[:, 3])))
         tokens = np.concatenate(block)
-        query = tokens[: min(self.corpus.longest_sentence_length(), len(tokens) - 1)]  # it is not alone in its block
+        query = tokens[: min(self.corpus.longest_sentence_length, len(tokens) - 1)]  # it is not alone in its block
         return self._example(query, block, self._random(0, 0))
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, np.ndarray]:

@@ -5,7 +5,9 @@ import unicodedata
 
 import numpy as np
 
-_SYLLABLE = re.compile("[\u1100-\u1112][\u1161-\u1175][\u11a8-\u11c2]?")  # what NFC makes one character of
+_WITHOUT_FINAL = "".join(map(chr, range(ord("가"), ord("힣"), 28)))  # syllables that end with their vowel
+# What NFC makes one character of.
+_SYLLABLE = re.compile(f"[\u1100-\u1112][\u1161-\u1175][\u11a8-\u11c2]?|[{_WITHOUT_FINAL}][\u11a8-\u11c2]")
 
 
 def compose_hangul(text: str) -> tuple[str, np.ndarray]:

@@ -191,7 +191,8 @@ def _require_whole_fields(columns: list[str], place: str) -> None:
     """
     neighbours = (columns[:2], columns[1:3], columns)
     goes_on = any(_QUOTED.fullmatch("\t".join(each)) for each in neighbours if len(each) > 1)
-    if goes_on or columns[0].count('"') % 2:  # what would be an id then is the end of a text
+    ends_one = columns[0].endswith('"') and not columns[0].startswith('"')  # the end of a text, and no id
+    if goes_on or ends_one:
         raise UserError(
             f"{place}: a quoted field holds a tab or a line break; put a blank there, or write the passages as JSON "
             "lines"

@@ -19,6 +19,7 @@ import logging
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -96,6 +97,7 @@ class TokenizedCorpus:
         borders = [offset - offsets[0] for offset in offsets]
         return [tokens[start:end] for start, end in zip(borders, borders[1:], strict=False)]
 
+    @cached_property
     def longest_sentence_length(self) -> int:
         """Tokens of the longest sentence there is, read in pieces."""
         longest = 0

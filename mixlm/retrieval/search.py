@@ -39,7 +39,8 @@ class Search:
             raise UserError(f"{index.folder}: has no vectors to search by; build it with mixlm index --vectors")
         if (other := difference(index.manifest["dense"]["encoder"], encoder.fingerprint())) is not None:
             raise UserError(
-                f"{index.folder}: was built with another encoder: {other}; give the model that encoded its passages"
+                f"{index.folder}: was built with another encoder: {other}; give the model that encoded its passages, "
+                "or encode them again into another folder and build an index with that"
             )
         self._empty_passage = encoder.encode_empty_passage() if encoder.encoding.null_passage else None
 

@@ -126,9 +126,12 @@ def verify(folder: Path) -> None:
     """Raise UserError unless every file of the checkpoint is as it was written."""
     files = read_state(folder)["files"]
     require_inside(files, folder / STATE_FILE)
-    for name, expected in files.items():
-        if not (folder / name).is_file() or _hash(folder / name) != expected:
-            raise UserError(f"{folder / name}: damaged or missing; use an older checkpoint")
+    try:
+        for name, expected in files.items():
+            if not (folder / name).is_file() or _hash(folder / name) != expected:
+                raise UserError(f"{folder / name}: damaged or missing; use an older checkpoint")
+    except OSError as error:
+        raise UserError(f"{file_error(error)}; use an older checkpoint") from error
 
 
 def load_checkpoint(

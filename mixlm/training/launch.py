@@ -95,7 +95,9 @@ def run_ranks(
 def _kill(launcher: subprocess.Popen) -> None:
     """End a launcher that still runs, and its ranks, which would live on without it."""
     if launcher.poll() is None:
-        ranks = psutil.Process(launcher.pid).children(recursive=True)
+        process = psutil.Process(launcher.pid)
+        process.suspend()  # so that it starts no other while they are looked for
+        ranks = process.children(recursive=True)
         launcher.kill()
         for rank in ranks:
             with suppress(psutil.NoSuchProcess):

@@ -58,7 +58,8 @@ def changed_arguments(earlier: dict[str, Any], now: dict[str, Any]) -> dict[str,
         if name not in of_no_consequence
         and not name.startswith("hub_")
         and earlier.get(name) != value
-        and (value or name in earlier)  # what an older version did not have, and is off now, has not changed
+        # What an older version did not have, and is off now, has not changed; nor has data that it did not know by hash.
+        and (name in earlier or value and name != "data")
     }
 
 
@@ -211,7 +212,7 @@ class _Run:
         self.ancestors = [path for path in checkpoints_in(self.checkpoints) if step_of(path) <= self.state.step]
         if self.state.best and not self._is_whole(checkpoint_of(self.checkpoints, self.state.best.step)):
             self.state.best = None
-        if self.state.best and (changed := [name for name in arguments.judged_by if name in self.changed]):
+        if self.state.best and (changed := [name for name in (*arguments.judged_by, "data") if name in self.changed]):
             self.accelerator.print(f"  {changed[0]} has changed: earlier evaluations say nothing of what is best")
             self.state.best = None
         # What an interrupted run has logged after its checkpoint is logged again.
@@ -222,21 +223,19 @@ class _Run:
 
     def _is_whole(self, checkpoint: Path) -> bool:
         """Whether a checkpoint is among those that lead here, and as it was written; the one gone on from is."""
-        if checkpoint not in self.ancestors:
-            return False  # of another run, or deleted since
-        if step_of(checkpoint) == self.state.step:
+
+        def look() -> bool:
+            if checkpoint not in self.ancestors:
+                return False  # of another run, or deleted since
+            try:
+                if step_of(checkpoint) != self.state.step:
+                    verify(checkpoint)
+            except UserError as error:
+                print(f"passed over: {error}; it was the best, which others can become now")
+                return False
             return True
 
-        def damage() -> str:
-            try:
-                verify(checkpoint)
-            except UserError as error:
-                return str(error)
-            return ""
-
-        if message := on_main_process(self.accelerator, damage):
-            self.accelerator.print(f"passed over: {message}; it was the best, which others can become now")
-        return not message
+        return on_main_process(self.accelerator, look)
 
     def _begin_next_epoch(self) -> None:
         """Where rows have another order, the rest of the epoch is not to be found: all of them come anew."""

@@ -1,5 +1,6 @@
 """The progress bar and the curves of a run: the same numbers in both."""
 
+import errno
 import socket
 import time
 from contextlib import suppress
@@ -30,7 +31,7 @@ class EventFile:
         self.records = RecordWriter(self.path.open("xb"))
 
     def add(self, **content: Any) -> None:
-        """Write an event, and onto the disk at once."""
+        """Write an event. It is in the file at once."""
         self.records.write(Event(wall_time=time.time(), **content).SerializeToString())
         self.records.flush()
 
@@ -72,13 +73,14 @@ class CurveWriter:
         except OSError as error:
             self.close()  # its last event may be half there: another file has the next one
             is_new, self.has_failed = not self.has_failed, True
-            message = f"{self.folder}: curves cannot be written: {error.strerror or error}; make room"
-            return f"{message}; training goes on, and its curves when they can" if is_new else ""
+            advice = "make room; " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+            message = f"{self.folder}: curves cannot be written: {error.strerror or error}; {advice}"
+            return f"{message}training goes on, and its curves when they can" if is_new else ""
         self.first_step, self.has_failed = step, False
         return ""
 
     def close(self) -> None:
-        """Close the file; all that was written is on the disk already."""
+        """Close the file; all that was written is in it already."""
         if self.file is not None:
             self.file.close()
             self.file = None

@@ -22,6 +22,7 @@ class ListedCorpus:
         assert document == 0
         return self.all_sentences[first:last]
 
+    @property
     def longest_sentence_length(self):
         return max(map(len, self.all_sentences))
 

@@ -446,7 +446,6 @@ def test_a_leftover_that_disappears_meanwhile_is_no_error(corpus_file, tokenizer
 
 
 def test_the_longest_sentence_is_found_whatever_the_pieces(corpus_file, tokenizer, cache, monkeypatch):
-    corpus = open_small(corpus_file, tokenizer, cache)
     for sentences in (1, 2, 5, 6, 7):
         monkeypatch.setattr(store, "SENTENCES_PER_PASS", sentences)
-        assert corpus.longest_sentence_length() == 4
+        assert open_small(corpus_file, tokenizer, cache).longest_sentence_length == 4

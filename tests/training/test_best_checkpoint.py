@@ -69,6 +69,13 @@ def test_a_run_that_is_made_longer_remembers_the_best(training):
     assert training.kept == ["step-00000003", "step-00000006"]
 
 
+def test_a_best_by_other_data_is_forgotten(training, monkeypatch):
+    training([9, 5], num_steps=4)
+    rows = small_runs.Rows
+    monkeypatch.setattr(small_runs, "Rows", lambda task, size=37: rows(task, size + 1))
+    assert training([5, 7], resume="auto") == Evaluation(6, {"score": 7})
+
+
 def test_a_best_that_is_damaged_is_forgotten_before_the_first_step(training, capsys):
     training([9, 5], num_steps=4)
     folder = training.output_dir / "run" / "checkpoints" / "step-00000002"

@@ -1,13 +1,14 @@
 """When accelerate's launcher starts one process where several were meant."""
 
 import os
+import subprocess
 import sys
+import time
 
 import psutil
 import pytest
 
 from mixlm.errors import UserError
-from mixlm.training import launch
 from mixlm.training.launch import option_value, run_ranks, start_missing_processes
 
 LAUNCHED = {"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1234"}
@@ -62,14 +63,23 @@ def test_option_value():
 
 
 def test_ranks_that_do_not_end_are_ended_with_their_launcher(tmp_path, monkeypatch):
-    (tmp_path / "sleeps.py").write_text("import time\n\ntime.sleep(600)\n")
+    """The time is over as soon as the rank is there."""
+    program = (
+        "import os, pathlib, sys, time\npathlib.Path(sys.argv[1]).write_text(str(os.getpid()))\ntime.sleep(600)\n"
+    )
+    (tmp_path / "sleeps.py").write_text(program)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
-    kill, ended = launch._kill, []
+    file, communicate, ranks = tmp_path / "rank", subprocess.Popen.communicate, []
 
-    def remember(launcher):
-        ended.extend([psutil.Process(launcher.pid), *psutil.Process(launcher.pid).children(recursive=True)])
-        kill(launcher)
+    def time_is_over_with_the_rank(launcher, timeout=None):
+        if timeout is None:
+            return communicate(launcher)
+        while not (file.exists() and file.read_text()):
+            assert launcher.poll() is None
+            time.sleep(0.05)
+        ranks.append(psutil.Process(int(file.read_text())))
+        raise subprocess.TimeoutExpired("torchrun", timeout)
 
-    monkeypatch.setattr(launch, "_kill", remember)
-    assert run_ranks("sleeps", [], processes=1, timeout=15) == "no end after 15 seconds"
-    assert len(ended) > 1 and not psutil.wait_procs(ended, timeout=10)[1]
+    monkeypatch.setattr(subprocess.Popen, "communicate", time_is_over_with_the_rank)
+    assert run_ranks("sleeps", [str(file)], processes=1, timeout=100) == "no end after 100 seconds"
+    assert not psutil.wait_procs(ranks, timeout=10)[1]

@@ -173,7 +173,7 @@ def test_what_changed_since_the_checkpoint_is_said(make_arguments, run_training,
 
 def test_what_an_older_version_did_not_know_and_is_off_has_not_changed():
     before = {"zero": 1, "fp16": True}
-    now = {"zero": 0, "fp16": False, "muon": False, "memory_limit": None, "bf16": True}
+    now = {"zero": 0, "fp16": False, "muon": False, "memory_limit": None, "bf16": True, "data": "5eed"}
     changes = {"zero": (1, 0), "fp16": (True, False), "bf16": (None, True)}
     assert changed_arguments(before, now) == changes
 
