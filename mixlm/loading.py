@@ -52,7 +52,7 @@ def require_room(model: PreTrainedModel, name: str, **lengths: int) -> None:
 
 
 def require_token_types(config: PretrainedConfig, name: str) -> None:
-    """Raise UserError unless a model of the configuration `name` can tell the parts of a SOP example from each other."""
+    """Raise UserError unless a model of the configuration `name` can tell the two parts of a SOP example."""
     if config.type_vocab_size < 2:
         raise UserError(
             f"{name}: type_vocab_size={config.type_vocab_size}, but --task SOP tells its parts by two token types; "
@@ -101,10 +101,8 @@ class StoredSettings:
                 file = Path(hf_hub_download(str(name_or_path), cls.file_name))
             except RemoteEntryNotFoundError:
                 return None
-            except (
-                OSError,
-                ValueError,
-            ) as error:  # also where the Hub cannot be reached: it may have been asked before
+            except (OSError, ValueError) as error:
+                # Where the Hub cannot be reached, it may have said before that there is none.
                 if try_to_load_from_cache(str(name_or_path), cls.file_name) is _CACHED_NO_EXIST:
                     return None
                 raise UserError(f"{name_or_path}: {cls.file_name} cannot be had: {one_line(error)}") from error

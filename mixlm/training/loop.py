@@ -58,7 +58,7 @@ def changed_arguments(earlier: dict[str, Any], now: dict[str, Any]) -> dict[str,
         if name not in of_no_consequence
         and not name.startswith("hub_")
         and earlier.get(name) != value
-        # What an older version did not have, and is off now, has not changed; nor has data that it did not know by hash.
+        # What an older version did not have, and is off now, has not changed; nor has data whose hash it did not have.
         and (name in earlier or value and name != "data")
     }
 
