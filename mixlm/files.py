@@ -88,6 +88,11 @@ def earlier_name(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.earlier")
 
 
+def names_of_remnants(name: str) -> list[str]:
+    """What a killed `whole_folder` may leave beside a folder of that name, which can be a pattern."""
+    return [name_of(Path(name)).name for name_of in (partial_name, earlier_name)]
+
+
 def require_inside(names: Iterable[str], of: Path) -> None:
     """Raise UserError where a file of a folder, by a name that is read from `of` in it, would lie outside of it."""
     for name in names:

@@ -426,7 +426,7 @@ def test_an_evaluation_does_not_replace_the_results_of_the_training(run, prepare
     assert results(reader) == before
 
 
-def test_a_checkpoint_answers_as_its_reader_will(run):
+def test_a_checkpoint_answers_as_it_was_trained_to(run):
     folder = run(num_steps=2, save_steps=1)
     (first, *_) = sorted((folder / "checkpoints").iterdir())
     assert MixLMReader.from_pretrained(first / "model").decoding == Decoding.load(folder)

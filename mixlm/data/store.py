@@ -43,7 +43,7 @@ from mixlm.data.corpus import (
 from mixlm.data.hashing import content_hashes, file_stamps, hash_json
 from mixlm.data.tokenizing import tokenize_documents
 from mixlm.errors import UserError
-from mixlm.files import NAMES_ESCAPED, cache_folder, earlier_name, partial_name, whole_folder
+from mixlm.files import NAMES_ESCAPED, cache_folder, names_of_remnants, whole_folder
 
 if TYPE_CHECKING:
     from mixlm.data.corpus import AnyDataset
@@ -298,8 +298,8 @@ def _cache_errors(cache_dir: Path) -> Iterator[None]:
 
 def _remove_leftovers(cache_dir: Path) -> None:
     """Remove what interrupted builds of other stores have left: the folders whose lock nobody holds."""
-    for name_of in (partial_name, earlier_name):
-        for leftover in cache_dir.glob(name_of(Path("corpus-*")).name):
+    for pattern in names_of_remnants("corpus-*"):
+        for leftover in cache_dir.glob(pattern):
             folder = leftover.with_name(leftover.stem.removeprefix("."))
             try:
                 with FileLock(_lock_file(folder), timeout=0):

@@ -38,7 +38,7 @@ from ..data.hashing import hash_file, hash_json
 from ..data.passages import Passage
 from ..encoder import MixLMEncoder
 from ..errors import UserError, file_error, is_out_of_memory, one_line
-from ..files import require_inside, whole_folder
+from ..files import names_of_remnants, require_inside, whole_folder
 from ..progress import hide_progress_bars, progress_bar
 from .manifest import read_manifest, write_manifest
 from .passages import StoredPassages, write_passages
@@ -158,7 +158,7 @@ def encode_passages(
             raise UserError("there is no passage; give at least one")
         whole = {**description, "model": model, "passages": count, "shards": names}
         write_manifest(out / _MANIFEST, whole)
-        for pattern in ("shard-*", ".shard-*.partial", ".shard-*.earlier"):  # of passages that are no longer there
+        for pattern in ("shard-*", *names_of_remnants("shard-*")):  # of passages that are no longer there
             for folder in out.glob(pattern):
                 if folder.name not in names:
                     shutil.rmtree(folder)

@@ -208,9 +208,8 @@ class TrainingArguments:
         if self.zero3:
             self.require(self.zero in (0, 3), "zero", "3 (or left out) with zero3")
             self.zero = 3
-        shares_out = self.zero == 3 or (self.zero == 2 and self.auto_wrap)
         self.require(
-            not (self.muon and shares_out and self.sharding_backend == "fairscale"),
+            not self.muon or has_matrices(self.zero, self.sharding_backend, self.auto_wrap),
             "muon",
             "left out where fairscale shares out parameters (zero 3, 2 with auto_wrap); --sharding_backend torch can",
         )
@@ -301,6 +300,12 @@ class TrainingArguments:
     def to_dict(self) -> dict[str, Any]:
         """The resolved arguments, as saved beside every checkpoint."""
         return dataclasses.asdict(self)
+
+
+def has_matrices(zero: int, sharding_backend: str, auto_wrap: bool) -> bool:
+    """Whether an engine has the whole matrices that Muon updates: where fairscale shares out parameters, none has."""
+    shares_out = zero == 3 or (zero == 2 and auto_wrap)
+    return not (shares_out and sharding_backend == "fairscale")
 
 
 def with_default(of: type, name: str, default: Any) -> Any:

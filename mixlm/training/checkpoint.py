@@ -31,7 +31,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.batching import Position
 from ..errors import UserError, file_error
-from ..files import NAMES_ESCAPED, require_inside, whole_folder
+from ..files import NAMES_ESCAPED, names_of_remnants, require_inside, whole_folder
 from ..loading import StoredSettings
 from ..tokenization import save_tokenizer
 
@@ -234,7 +234,8 @@ def _is_remnant(path: Path) -> bool:
     """Whether a folder is of a checkpoint that was never finished, or whose deletion was not."""
     if re.fullmatch(r"step-\d+", path.name):
         return not (path / STATE_FILE).is_file()
-    return re.fullmatch(r"\.step-\d+\.(partial|earlier)", path.name) is not None
+    step = re.match(r"\.(step-\d+)\.", path.name)
+    return step is not None and path.name in names_of_remnants(step[1])
 
 
 def _hash_of_state(contents: dict[str, Any]) -> str:

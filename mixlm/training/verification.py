@@ -28,7 +28,7 @@ from ..errors import UserError, exits_on_user_error
 from ..heads import IGNORE
 from ..modeling_mixlm import MixLMForPreTraining
 from ..modeling_switch import MixLMSwitchForPreTraining
-from .arguments import TrainingArguments
+from .arguments import TrainingArguments, has_matrices
 from .checkpoint import MODEL_FOLDER, OPTIMIZER_FILE, checkpoints_in
 from .launch import run_ranks
 from .loop import train
@@ -71,11 +71,6 @@ class Case(NamedTuple):
         """As in the table: `zero 3 torch auto_wrap`."""
         backend = f" {self.sharding_backend}" if self.zero else ""
         return f"zero {self.zero}{backend}{' auto_wrap' if self.auto_wrap else ''}"
-
-    @property
-    def has_matrices(self) -> bool:
-        """Whether Muon can be used: fairscale's full sharding has none."""
-        return self.sharding_backend == "torch" or (self.zero < 3 and not self.auto_wrap)
 
 
 CASES = [
@@ -159,7 +154,11 @@ def available_cases(muon: bool = False) -> list[Case]:
     """The engines whose library is installed; with `muon` those that can use it, and do."""
     has_fairscale = importlib.util.find_spec("fairscale") is not None
     cases = [case for case in CASES if has_fairscale or case.sharding_backend != "fairscale"]
-    return [case._replace(muon=True) for case in cases if case.has_matrices] if muon else cases
+    if not muon:
+        return cases
+    return [
+        case._replace(muon=True) for case in cases if has_matrices(case.zero, case.sharding_backend, case.auto_wrap)
+    ]
 
 
 def verify_engines(
