@@ -18,6 +18,10 @@ from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 IGNORE = -100  # a label that is not scored
+INPUTS_OF_LOSS = {
+    "sop": ("labels", "sentence_order_label"),
+    "ict": ("labels", "context_input_ids", "context_labels"),
+}
 
 
 @dataclass
@@ -196,6 +200,20 @@ def classification_loss(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(at_least_float32(logits), targets, ignore_index=IGNORE, reduction="sum") / rows
 
 
+def position_loss(logits: Tensor, positions: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Mean cross-entropy of `positions` [batch] or [batch, 1] among the real tokens of `logits` [batch, length].
+
+    Padding is no candidate, and a position outside the text is not scored.
+    """
+    positions, length = positions.reshape(len(logits)), logits.shape[1]
+    inside = (positions >= 0) & (positions < length)
+    if attention_mask is not None:
+        real = attention_mask.bool()
+        inside &= real.gather(1, positions.clamp(0, length - 1)[:, None])[:, 0]
+        logits = logits.masked_fill(~real, torch.finfo(logits.dtype).min)
+    return classification_loss(logits, positions.masked_fill(~inside, IGNORE))
+
+
 def retrieval_scores(embeddings: Tensor, context_embeddings: Tensor) -> Tensor:
     """The inner products of each query with every context, in float32: [queries, hidden], [contexts, hidden]."""
     with torch.autocast(embeddings.device.type, enabled=False):  # inner products of whole texts overflow fp16
@@ -230,6 +248,14 @@ def sum_losses(*losses: Tensor | None) -> Tensor:
     return torch.stack([loss for loss in losses if loss is not None]).sum()
 
 
+def mean_aux_loss(first: EncoderOutput, second: EncoderOutput) -> Tensor | None:
+    """The auxiliary loss of queries and contexts: a text weighs the same wherever it stands."""
+    if first.aux_loss is None:
+        return None
+    rows, others = len(first.last_hidden_state), len(second.last_hidden_state)
+    return (rows * first.aux_loss + others * second.aux_loss) / (rows + others)
+
+
 def require(given: dict[str, Any], purpose: str) -> bool:
     """Whether every input of an objective is given.
 
@@ -241,6 +267,16 @@ def require(given: dict[str, Any], purpose: str) -> bool:
         present = [name for name in given if name not in missing]
         raise ValueError(f"{purpose} needs {', '.join(missing)} beside {', '.join(present)}")
     return not missing
+
+
+def layer_outputs(encoded: EncoderOutput) -> dict[str, Any]:
+    """The fields of an encoder's output that every head hands on."""
+    return {
+        "aux_loss": encoded.aux_loss,
+        "hidden_states": encoded.hidden_states,
+        "attentions": encoded.attentions,
+        "router_logits": encoded.router_logits,
+    }
 
 
 class EncoderHeads:
@@ -387,7 +423,7 @@ class RetrievalHeads(EncoderHeads):
             for name, value in lacking.items():
                 if value is not None:
                     raise ValueError(f"the retrieval loss needs context_input_ids beside {name}")
-        encoded = encoded_context = embeddings = context_embeddings = loss = None
+        encoded = encoded_context = None
         if input_ids is not None or inputs_embeds is not None or context_input_ids is None:
             encoded = self.encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
             embeddings = self.embed(encoded, attention_mask)
@@ -462,25 +498,13 @@ class PreTrainingHeads(MaskedLMHeadAccess, EncoderHeads):
             ValueError: some inputs of the objective's loss are given and others lacking, or they belong to the
                 other objective.
         """
-        if self.config.pretraining_objective == "sop":
-            foreign = {
-                "context_input_ids": context_input_ids,
-                "context_attention_mask": context_attention_mask,
-                "context_labels": context_labels,
-            }
-            needed = {"labels": labels, "sentence_order_label": sentence_order_label}
-        else:
-            foreign = {"sentence_order_label": sentence_order_label}
-            needed = {"labels": labels, "context_input_ids": context_input_ids, "context_labels": context_labels}
-        surplus = [name for name, value in foreign.items() if value is not None]
-        if surplus:
-            raise ValueError(
-                f"{', '.join(surplus)} given, but pretraining_objective is {self.config.pretraining_objective!r}"
-            )
-        has_loss = require(needed, f"the {self.config.pretraining_objective} pretraining loss")
-        if context_attention_mask is not None and not has_loss:
-            raise ValueError("context_attention_mask is given without context_input_ids")
-
+        has_loss = self._has_loss(
+            labels=labels,
+            sentence_order_label=sentence_order_label,
+            context_input_ids=context_input_ids,
+            context_attention_mask=context_attention_mask,
+            context_labels=context_labels,
+        )
         encoded = self.encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         logits, targets = self.predict_tokens(encoded.last_hidden_state, labels)
         aux_loss = encoded.aux_loss
@@ -514,34 +538,15 @@ class PreTrainingHeads(MaskedLMHeadAccess, EncoderHeads):
             **{**layer_outputs(encoded), "aux_loss": aux_loss},
         )
 
-
-def position_loss(logits: Tensor, positions: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Mean cross-entropy of `positions` [batch] or [batch, 1] among the real tokens of `logits` [batch, length].
-
-    Padding is no candidate, and a position outside the text is not scored.
-    """
-    positions, length = positions.reshape(len(logits)), logits.shape[1]
-    inside = (positions >= 0) & (positions < length)
-    if attention_mask is not None:
-        real = attention_mask.bool()
-        inside &= real.gather(1, positions.clamp(0, length - 1)[:, None])[:, 0]
-        logits = logits.masked_fill(~real, torch.finfo(logits.dtype).min)
-    return classification_loss(logits, positions.masked_fill(~inside, IGNORE))
-
-
-def layer_outputs(encoded: EncoderOutput) -> dict[str, Any]:
-    """The fields of an encoder's output that every head hands on."""
-    return {
-        "aux_loss": encoded.aux_loss,
-        "hidden_states": encoded.hidden_states,
-        "attentions": encoded.attentions,
-        "router_logits": encoded.router_logits,
-    }
-
-
-def mean_aux_loss(first: EncoderOutput, second: EncoderOutput) -> Tensor | None:
-    """The auxiliary loss of queries and contexts: a text weighs the same wherever it stands."""
-    if first.aux_loss is None:
-        return None
-    rows, others = len(first.last_hidden_state), len(second.last_hidden_state)
-    return (rows * first.aux_loss + others * second.aux_loss) / (rows + others)
+    def _has_loss(self, **given: Tensor | None) -> bool:
+        """Whether the inputs of the objective's loss are there; raises as `forward` says."""
+        objective = self.config.pretraining_objective
+        needed = INPUTS_OF_LOSS[objective]
+        optional = ("context_attention_mask",) if objective == "ict" else ()
+        surplus = [name for name, value in given.items() if value is not None and name not in (*needed, *optional)]
+        if surplus:
+            raise ValueError(f"{', '.join(surplus)} given, but pretraining_objective is {objective!r}")
+        has_loss = require({name: given[name] for name in needed}, f"the {objective} pretraining loss")
+        if given["context_attention_mask"] is not None and not has_loss:
+            raise ValueError("context_attention_mask is given without context_input_ids")
+        return has_loss

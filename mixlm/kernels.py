@@ -59,8 +59,8 @@ def choose_kernels(setting: str, hidden: Tensor, plain_needed: bool) -> Kernels:
             fast as plain ones, and below both up to 18% slower; recomputing from 1,024 tokens on. On other devices
             nothing was measured, and torch's own operations run. "plain", "fused" and "lean" force a choice.
         hidden: the input of the stack.
-        plain_needed: somebody wants what the fused forms do not have: attention probabilities with a gradient, or
-            scores that gradient checkpointing can run twice from.
+        plain_needed: somebody wants what the fused forms do not have, see
+            `MixLMPreTrainedModel._needs_plain_kernels`.
     """
     if setting == "plain" or plain_needed or is_traced():
         return Kernels(fused=False, recompute=False)

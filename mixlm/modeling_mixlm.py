@@ -123,13 +123,13 @@ class ResidualAttention(nn.Module):
     A family's own attention says what queries, keys and values are.
     """
 
-    is_causal = False
+    is_causal = False  # read by the attentions of transformers, which would mask the future without it
 
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.dropout = Dropout(config.dropout_prob)
+        self.dropout = Dropout(config.dropout_prob)  # never called: the forms of attention take its rate
 
     def attend(
         self,

@@ -17,7 +17,7 @@ from transformers.activations import ACT2FN
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+from transformers.utils.output_capturing import capture_outputs
 
 from .configuration import MixLMSwitchConfig
 from .heads import (
@@ -29,7 +29,7 @@ from .heads import (
     at_least_float32,
 )
 from .kernels import Dropout, Kernels, expert_feed_forward, is_bare
-from .modeling_mixlm import Embeddings, EncoderLayer, EncoderStack, MixLMPreTrainedModel, ResidualAttention
+from .modeling_mixlm import Embeddings, EncoderStack, MixLMPreTrainedModel, ResidualAttention
 
 
 class SwitchAttention(ResidualAttention):
@@ -110,6 +110,55 @@ class Router(nn.Linear):
             return F.linear(*map(at_least_float32, (hidden, self.weight, self.bias)))
 
 
+def within_capacity(expert: Tensor, real: Tensor, n_experts: int, capacity_factor: float) -> Tensor:
+    """The tokens that fit: in each sequence an expert takes its first ceil(capacity_factor x tokens / E) tokens.
+
+    `expert` is [B, L], `real` the bool mask of real tokens [B, L]; returns bool [B, L].
+    """
+    taken = F.one_hot(expert, n_experts) * real[..., None]  # [B, L, E]
+    place_in_queue = (taken.cumsum(dim=1) * taken).sum(dim=-1)  # 1, 2, ... for real tokens
+    # 1.2 x 25 / 5 is 6, but 6.0000002 in floating point: a rounding error must not admit one more token.
+    capacity = (real.sum(dim=1, keepdim=True).float() * (capacity_factor * (1 - 1e-6)) / n_experts).ceil()
+    return real & (place_in_queue <= capacity)
+
+
+def router_loss(router_logits: Tensor, real: Tensor, balance_coef: float, z_coef: float) -> Tensor:
+    """The auxiliary loss of one layer, a scalar: the mean over sequences of
+
+    balance_coef x E x sum over experts of f_e P_e  (f_e: share of the sequence's tokens whose first choice is e;
+    P_e: mean router probability of e; Switch Transformer, eq. 4-6)
+    + z_coef x mean of logsumexp(logits)²  (ST-MoE, arXiv:2202.08906, eq. 5).
+
+    `router_logits` is [B, L, E], `real` the mask of real tokens [B, L].
+    """
+    logits, weight = router_logits, real.to(router_logits.dtype)
+    weight = weight / weight.sum(dim=1, keepdim=True).clamp(min=1)  # [B, L], sums to 1 in each sequence
+    chosen = F.one_hot(logits.argmax(dim=-1), logits.shape[-1]).to(logits.dtype)
+    share = torch.einsum("bl,ble->be", weight, chosen)
+    probability = torch.einsum("bl,ble->be", weight, logits.softmax(dim=-1))
+    balance = logits.shape[-1] * (share * probability).sum(dim=-1)
+    z = (weight * logits.logsumexp(dim=-1).square()).sum(dim=1)
+    return (balance_coef * balance + z_coef * z).mean()
+
+
+def routing_counts(
+    router_logits: tuple[Tensor, ...], attention_mask: Tensor, capacity_factor: float
+) -> tuple[Tensor, Tensor]:
+    """What the routers of all layers did with the real tokens of a training batch.
+
+    `router_logits` are [B, L, E] a layer, `attention_mask` [B, L]. Returns the tokens whose first choice is each
+    expert [E] and the number of tokens over capacity, both summed over layers.
+    """
+    real = attention_mask.bool()
+    n_experts = router_logits[0].shape[-1]
+    chosen, dropped = 0, 0
+    for logits in router_logits:
+        expert = logits.argmax(dim=-1)
+        chosen = chosen + expert[real].bincount(minlength=n_experts)
+        dropped = dropped + (real & ~within_capacity(expert, real, n_experts, capacity_factor)).sum()
+    return chosen, dropped
+
+
 class SwitchFeedForward(nn.Module):
     """Each token through the one expert its router prefers (Switch Transformer, arXiv:2101.03961, 2.1)."""
 
@@ -143,42 +192,10 @@ class SwitchFeedForward(nn.Module):
         return self.dropout(transformed), router_logits
 
 
-def within_capacity(expert: Tensor, real: Tensor, n_experts: int, capacity_factor: float) -> Tensor:
-    """The tokens that fit: in each sequence an expert takes its first ceil(capacity_factor x tokens / E) tokens.
-
-    `expert` is [B, L], `real` the bool mask of real tokens [B, L]; returns bool [B, L].
-    """
-    taken = F.one_hot(expert, n_experts) * real[..., None]  # [B, L, E]
-    place_in_queue = (taken.cumsum(dim=1) * taken).sum(dim=-1)  # 1, 2, ... for real tokens
-    # 1.2 x 25 / 5 is 6, but 6.0000002 in floating point: a rounding error must not admit one more token.
-    capacity = (real.sum(dim=1, keepdim=True).float() * (capacity_factor * (1 - 1e-6)) / n_experts).ceil()
-    return real & (place_in_queue <= capacity)
-
-
-def router_loss(router_logits: Tensor, real: Tensor, balance_coef: float, z_coef: float) -> Tensor:
-    """The auxiliary loss of one layer, a scalar: the mean over sequences of
-
-    balance_coef x E x sum over experts of f_e P_e  (f_e: share of the sequence's tokens whose first choice is e;
-    P_e: mean router probability of e; Switch Transformer, eq. 4-6)
-    + z_coef x mean of logsumexp(logits)²  (ST-MoE, arXiv:2202.08906, eq. 5).
-
-    `router_logits` is [B, L, E], `real` the mask of real tokens [B, L].
-    """
-    logits, weight = router_logits, real.to(router_logits.dtype)
-    weight = weight / weight.sum(dim=1, keepdim=True).clamp(min=1)  # [B, L], sums to 1 in each sequence
-    chosen = F.one_hot(logits.argmax(dim=-1), logits.shape[-1]).to(logits.dtype)
-    share = torch.einsum("bl,ble->be", weight, chosen)
-    probability = torch.einsum("bl,ble->be", weight, logits.softmax(dim=-1))
-    balance = logits.shape[-1] * (share * probability).sum(dim=-1)
-    z = (weight * logits.logsumexp(dim=-1).square()).sum(dim=1)
-    return (balance_coef * balance + z_coef * z).mean()
-
-
 class MixLMSwitchPreTrainedModel(MixLMPreTrainedModel):
     """Initialisation, loading and saving of every Switch model."""
 
     config: MixLMSwitchConfig
-    _can_record_outputs = {"hidden_states": EncoderLayer, "attentions": OutputRecorder(ResidualAttention, index=1)}
     auto_classes = {
         "AutoConfig": "configuration.MixLMSwitchConfig",
         "AutoModel": "modeling_switch.MixLMSwitchModel",
@@ -242,24 +259,6 @@ class MixLMSwitchModel(MixLMSwitchPreTrainedModel):
             aux_loss=aux_loss,
             router_logits=router_logits if output_router_logits else None,
         )
-
-
-def routing_counts(
-    router_logits: tuple[Tensor, ...], attention_mask: Tensor, capacity_factor: float
-) -> tuple[Tensor, Tensor]:
-    """What the routers of all layers did with the real tokens of a training batch.
-
-    `router_logits` are [B, L, E] a layer, `attention_mask` [B, L]. Returns the tokens whose first choice is each
-    expert [E] and the number of tokens over capacity, both summed over layers.
-    """
-    real = attention_mask.bool()
-    n_experts = router_logits[0].shape[-1]
-    chosen, dropped = 0, 0
-    for logits in router_logits:
-        expert = logits.argmax(dim=-1)
-        chosen = chosen + expert[real].bincount(minlength=n_experts)
-        dropped = dropped + (real & ~within_capacity(expert, real, n_experts, capacity_factor)).sum()
-    return chosen, dropped
 
 
 class MixLMSwitchForPreTraining(PreTrainingHeads, MixLMSwitchPreTrainedModel):

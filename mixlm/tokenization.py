@@ -21,7 +21,6 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from os import PathLike
 from pathlib import Path
 
@@ -29,6 +28,8 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from .data.chunks import in_chunks
+from .data.cutting import text_backend
 from .data.hangul import compose_hangul
 from .data.squad import Answer, SkippedAnswer, read_squad
 from .errors import UserError, one_line
@@ -478,10 +479,10 @@ def tokenizer_report(
     Raises:
         UserError: as `read_squad`.
     """
-    backend = _of_whole_texts(tokenizer)
+    backend = text_backend(tokenizer.backend_tokenizer)
     sentence_count = eojeols = characters = tokens = unknown_tokens = 0
     with progress_bar(desc="reading the corpus", unit=" sentences", unit_scale=True) as progress:
-        for batch in _batches(sentences):
+        for batch in in_chunks(sentences, ENCODE_BATCH):
             sentence_count += len(batch)
             for sentence in batch:
                 words = sentence.split()
@@ -529,10 +530,10 @@ def answers_on_token_borders(
     answers_of: dict[str, set[Answer]] = defaultdict(set)
     for context, answer in answers:
         answers_of[context].add(answer)
-    backend = _of_whole_texts(tokenizer)
+    backend = text_backend(tokenizer.backend_tokenizer)
     on_borders = set()
     with progress_bar(desc="reading the contexts", unit=" contexts") as progress:
-        for batch in _batches(answers_of.items()):
+        for batch in in_chunks(answers_of.items(), ENCODE_BATCH):
             composed, borders = zip(*(compose_hangul(context) for context, _ in batch), strict=True)
             encodings = backend.encode_batch(composed, add_special_tokens=False)
             for (context, golds), of_context, encoding in zip(batch, borders, encodings, strict=True):
@@ -543,17 +544,3 @@ def answers_on_token_borders(
                 on_borders.update((context, gold) for gold in golds if gold.start in starts and gold.end in ends)
             progress.update(len(batch))
     return on_borders
-
-
-def _of_whole_texts(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
-    """A copy of what cuts its texts, without truncation and padding."""
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    backend.no_truncation()
-    backend.no_padding()
-    return backend
-
-
-def _batches(items: Iterable) -> Iterator[list]:
-    iterator = iter(items)
-    while batch := list(islice(iterator, ENCODE_BATCH)):
-        yield batch

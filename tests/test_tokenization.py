@@ -490,6 +490,12 @@ class TestReport:
         answers = [(context, Answer(text, context.index(text))) for text in texts]
         assert answers_on_token_borders(toy, answers) == set(answers[:2])
 
+    def test_special_tokens_in_a_context_are_text(self, toy):
+        """As in a reader's windows: "[SEP]" is three tokens, and the one within the brackets can be an answer."""
+        context = "나는 [SEP] 간다"
+        answers = [(context, Answer("SEP", 4)), (context, Answer("[SEP]", 3))]
+        assert answers_on_token_borders(toy, answers) == set(answers)
+
     def test_truncation_and_padding_of_the_tokenizer_do_not_count(self, toy, tmp_path):
         file = self.squad(tmp_path, self.question("q", (7, "간다")))
         expected = tokenizer_report(toy, self.SENTENCES, [file])

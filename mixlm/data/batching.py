@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from mixlm.errors import UserError
+from ..errors import UserError
 
 FEISTEL_ROUNDS = 6
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mixlm.data.columns import ArrowColumn
+from .columns import ArrowColumn
 
 SENTENCES_PER_PASS = 1 << 18  # which bounds the memory
 

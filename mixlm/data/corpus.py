@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mixlm.data.text_files import numbered_lines
-from mixlm.errors import UserError, one_line
-from mixlm.progress import draws_over
+from ..errors import UserError, one_line
+from ..progress import draws_over
+from .text_files import numbered_lines
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from mixlm.data.masking import IGNORED_LABEL, TokenMasker
-from mixlm.data.store import TokenizedCorpus
+from .masking import IGNORED_LABEL, TokenMasker
+from .store import TokenizedCorpus
 
 ORIGINAL_ORDER, SWAPPED_ORDER = 0, 1
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from filelock import FileLock
 from tqdm import tqdm
 
-from mixlm.errors import UserError, file_error
-from mixlm.files import NAMES_ESCAPED
-from mixlm.progress import progress_bar
+from ..errors import UserError, file_error
+from ..files import NAMES_ESCAPED
+from ..progress import progress_bar
 
 # A file that was written a moment ago can be written again without a change of its time: its hash is not remembered.
 SETTLED_AFTER_NS = 2_000_000_000

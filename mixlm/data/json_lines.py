@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mixlm.data.text_files import filled_lines
-from mixlm.errors import UserError, one_line
+from ..errors import UserError, one_line
+from .text_files import filled_lines
 
 
 def read_json_lines(file: Path, content: str) -> Iterator[tuple[str, dict[str, Any]]]:

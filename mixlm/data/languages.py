@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from mixlm.data.text_files import COMPRESSED
+from .text_files import COMPRESSED
 
 SAMPLE_BYTES, SAMPLED_FILES = 200_000, 50
 # Words that English text is full of, and that are no keys of its JSON files.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mixlm.errors import UserError
+from ..errors import UserError
 
 IGNORED_LABEL = -100
 

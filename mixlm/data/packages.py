@@ -5,7 +5,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-from mixlm.errors import UserError
+from ..errors import UserError
 
 
 def required(module: str, extra: str = "retrieval") -> ModuleType:

@@ -22,11 +22,11 @@ from os import PathLike
 from pathlib import Path
 from typing import NamedTuple
 
-from mixlm.data.corpus import corpus_files, read_documents
-from mixlm.data.json_lines import read_json_lines
-from mixlm.data.squad import read_paragraphs
-from mixlm.data.text_files import COMPRESSED, filled_lines, plain_suffix
-from mixlm.errors import UserError
+from ..errors import UserError
+from .corpus import corpus_files, read_documents
+from .json_lines import read_json_lines
+from .squad import read_paragraphs
+from .text_files import COMPRESSED, filled_lines, plain_suffix
 
 WINDOW_CHARACTERS = 600  # about a paragraph of an encyclopaedia; of Korean, that is less than 512 tokens
 

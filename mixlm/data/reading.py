@@ -13,11 +13,12 @@ from tokenizers import Tokenizer
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from mixlm.data.hangul import compose_hangul
-from mixlm.data.particles import end_without_particles
-from mixlm.data.squad import ReadingExample, SkippedAnswer
-from mixlm.errors import UserError
-from mixlm.progress import progress_bar
+from ..errors import UserError
+from ..progress import progress_bar
+from .cutting import text_backend
+from .hangul import compose_hangul
+from .particles import end_without_particles
+from .squad import ReadingExample, SkippedAnswer
 
 SPECIAL_TOKENS_PER_WINDOW = 3  # [CLS] question [SEP] context [SEP]
 NO_ANSWER_POSITION = 0  # of [CLS]
@@ -129,12 +130,7 @@ class ReadingWindows(Dataset):
     ):
         _check_lengths(max_seq_length, doc_stride, max_query_length)
         self.cls, self.sep = np.array([tokenizer.cls_token_id]), np.array([tokenizer.sep_token_id])
-        # A copy: "[SEP]" in a text is text here, and nothing may be cut off.
-        backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-        backend.no_truncation()
-        backend.no_padding()
-        backend.encode_special_tokens = True
-
+        backend = text_backend(tokenizer.backend_tokenizer)
         contexts = _encode(backend, [example.context for example in examples], "contexts")
         self.examples: list[ReadingExample] = []
         self.skipped: list[SkippedAnswer] = []

@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from mixlm.data.examples import InverseClozeExamples
-from mixlm.data.json_lines import read_json_lines
-from mixlm.data.passages import Passage
-from mixlm.data.squad import ReadingExample
-from mixlm.errors import UserError, one_line
-from mixlm.progress import progress_bar
+from ..errors import UserError, one_line
+from ..progress import progress_bar
+from .cutting import text_backend
+from .examples import InverseClozeExamples
+from .json_lines import read_json_lines
+from .passages import Passage
+from .squad import ReadingExample
 
 ENCODE_BATCH = 1000  # texts that are tokenized at once
 EMPTY_PASSAGE = -1  # the number of the passage without text, to which unanswerable questions belong
@@ -62,11 +62,7 @@ class RetrievalTokenizer:
         self.pad_token_id = tokenizer.pad_token_id
         self.cls, self.sep = tokenizer.cls_token_id, tokenizer.sep_token_id
         self.max_query_length, self.max_passage_length = max_query_length, max_passage_length
-        # A copy: "[SEP]" in a text is text here, and lengths are seen to below.
-        self.backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-        self.backend.no_truncation()
-        self.backend.no_padding()
-        self.backend.encode_special_tokens = True
+        self.backend = text_backend(tokenizer.backend_tokenizer)
 
     @property
     def empty_passage(self) -> np.ndarray:

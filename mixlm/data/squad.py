@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from mixlm.data.json_lines import parse_json, read_json_lines
-from mixlm.data.text_files import COMPRESSED, numbered_lines, plain_suffix
-from mixlm.errors import UserError
+from ..errors import UserError
+from .json_lines import parse_json, read_json_lines
+from .text_files import COMPRESSED, numbered_lines, plain_suffix
 
 READING_SUFFIXES = (".json", ".jsonl")
 

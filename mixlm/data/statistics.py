@@ -7,7 +7,7 @@ import re
 import unicodedata
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 from os import PathLike, fspath
@@ -15,11 +15,13 @@ from os import PathLike, fspath
 import numpy as np
 from tokenizers import Tokenizer
 
-from mixlm.data.batching import scramble
-from mixlm.data.corpus import Document
-from mixlm.data.squad import read_squad
-from mixlm.errors import UserError
-from mixlm.progress import progress_bar
+from ..errors import UserError
+from ..progress import progress_bar
+from .batching import scramble
+from .chunks import in_chunks
+from .corpus import Document
+from .cutting import text_backend
+from .squad import read_squad
 
 DOCUMENTS_AT_ONCE = 100  # that are tokenized together
 HASHES_AT_ONCE = 100_000  # that are compared together
@@ -144,14 +146,11 @@ def corpus_statistics(
     counts = Counter()
     lengths = {"sentences of a document": _Lengths(), "characters of a sentence": _Lengths()}
     if tokenizer is not None:
-        tokenizer = Tokenizer.from_str(tokenizer.to_str())  # a copy: how the caller's cuts texts stays as it is
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        tokenizer.encode_special_tokens = True
+        tokenizer = text_backend(tokenizer)
         lengths |= {"tokens of a sentence": _Lengths(), "tokens of a document": _Lengths()}
     exact, similar, sentence_hashes = _Hashes(), _Hashes(), _Hashes()
     progress = progress_bar(documents, desc="reading the corpus", unit=" documents")
-    for batch in _batches(progress, DOCUMENTS_AT_ONCE):
+    for batch in in_chunks(progress, DOCUMENTS_AT_ONCE):
         for document in batch:
             sentences = document.sentences
             words = [_words(sentence) for sentence in sentences]
@@ -300,9 +299,3 @@ def _runs(words: list[str]) -> np.ndarray:
     for column in windows.T:  # in this order: the same words in another one are another run
         mixed = scramble(mixed * np.uint64(3) + column)
     return mixed
-
-
-def _batches(documents: Iterable[Document], size: int) -> Iterator[list[Document]]:
-    remaining = iter(documents)
-    while batch := list(islice(remaining, size)):
-        yield batch

@@ -28,10 +28,12 @@ import numpy as np
 from filelock import FileLock, Timeout
 from transformers import PreTrainedTokenizerBase
 
-from mixlm.data.batching import scramble
-from mixlm.data.blocks import SENTENCES_PER_PASS, load_blocks, write_blocks
-from mixlm.data.columns import ArrowColumn
-from mixlm.data.corpus import (
+from ..errors import UserError
+from ..files import NAMES_ESCAPED, cache_folder, names_of_remnants, whole_folder
+from .batching import scramble
+from .blocks import SENTENCES_PER_PASS, load_blocks, write_blocks
+from .columns import ArrowColumn
+from .corpus import (
     Document,
     corpus_files,
     dataset_fingerprint,
@@ -40,13 +42,11 @@ from mixlm.data.corpus import (
     load_text_dataset,
     read_documents,
 )
-from mixlm.data.hashing import content_hashes, file_stamps, hash_json
-from mixlm.data.tokenizing import tokenize_documents
-from mixlm.errors import UserError
-from mixlm.files import NAMES_ESCAPED, cache_folder, names_of_remnants, whole_folder
+from .hashing import content_hashes, file_stamps, hash_json
+from .tokenizing import tokenize_documents
 
 if TYPE_CHECKING:
-    from mixlm.data.corpus import AnyDataset
+    from .corpus import AnyDataset
 
 logger = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from mixlm.errors import UserError
-from mixlm.files import flush, partial_name
+from ..errors import UserError
+from ..files import flush, partial_name
 
 COMPRESSED = {".gz": gzip.open, ".xz": lzma.open}
 

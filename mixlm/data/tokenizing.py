@@ -3,15 +3,17 @@
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 
-from mixlm.data.columns import ArrowColumnWriter
-from mixlm.data.corpus import Document
-from mixlm.progress import progress_bar
+from ..progress import progress_bar
+from .chunks import in_chunks
+from .columns import ArrowColumnWriter
+from .corpus import Document
+from .cutting import text_backend
 
 SENTENCES_PER_CHUNK = 1000  # that are tokenized at once: enough to keep all cores busy
 
@@ -31,8 +33,7 @@ def tokenize_documents(
     Returns:
         num_documents, num_sentences, num_tokens and cut_sentences.
     """
-    tokenizer = Tokenizer.from_str(backend)
-    tokenizer.encode_special_tokens = True  # "[MASK]" in a text is text, not a token to be restored
+    tokenizer = text_backend(Tokenizer.from_str(backend))
     token_counts = np.zeros(vocab_size, dtype=np.int64)
     num_documents = num_sentences = num_tokens = cut_sentences = 0
     last_document = None
@@ -88,7 +89,7 @@ def _encode_ahead(
     """One chunk after the other with its encodings, while the next one is already being encoded."""
     with ThreadPoolExecutor(max_workers=1) as thread:
         ahead = None
-        while chunk := list(islice(numbered_texts, SENTENCES_PER_CHUNK)):
+        for chunk in in_chunks(numbered_texts, SENTENCES_PER_CHUNK):
             texts = [text for _, text in chunk]
             encodings = thread.submit(tokenizer.encode_batch_fast, texts, add_special_tokens=False)
             if ahead:

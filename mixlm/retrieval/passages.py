@@ -3,12 +3,12 @@
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
-from itertools import islice
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ..data.chunks import in_chunks
 from ..data.passages import Passage
 
 _ROWS_PER_BATCH = 1024  # of the file; what is held in memory while it is written
@@ -57,9 +57,8 @@ def write_passages(path: Path, passages: Iterable[Passage]) -> tuple[int, str]:
         How many passages there were, and a hash of them that depends on nothing but their content and order.
     """
     count, digest = 0, hashlib.blake2b(digest_size=16)
-    remaining = iter(passages)
     with pa.ipc.new_file(str(path), _SCHEMA) as writer:
-        while batch := list(islice(remaining, _ROWS_PER_BATCH)):
+        for batch in in_chunks(passages, _ROWS_PER_BATCH):
             count += len(batch)
             for passage in batch:
                 digest.update(json.dumps(passage, ensure_ascii=False).encode())

@@ -24,7 +24,6 @@ from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExec
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
-from itertools import islice
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -34,6 +33,7 @@ import torch
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
+from ..data.chunks import in_chunks
 from ..data.hashing import hash_file, hash_json
 from ..data.passages import Passage
 from ..encoder import MixLMEncoder
@@ -138,7 +138,7 @@ def encode_passages(
             progress_bar(desc="encoding passages", unit=" passages", unit_scale=True) as progress,
         ):
             due: deque[_DueShard] = deque()
-            for of_shard in _cut(passages, passages_per_shard):
+            for of_shard in in_chunks(passages, passages_per_shard):
                 folder = out / _shard_name(of_shard)
                 names.append(folder.name)
                 count += len(of_shard)
@@ -341,12 +341,6 @@ def _require_same(out: Path, description: dict[str, Any]) -> None:
             raise UserError(f"{out}: has other vectors: {other}; use another folder, or delete it")
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: exists and has no vectors; use another name or delete it")
-
-
-def _cut(passages: Iterable[Passage], size: int) -> Iterator[list[Passage]]:
-    remaining = iter(passages)
-    while batch := list(islice(remaining, size)):
-        yield batch
 
 
 def _shard_name(passages: list[Passage]) -> str:
