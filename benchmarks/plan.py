@@ -12,17 +12,12 @@ from mixlm import MixLMConfig, MixLMSwitchConfig
 from mixlm.planning import Setting, make_plans
 from mixlm.probing import measure
 from mixlm.profiling import BERT_MASKED_SHARE
+from mixlm.training import verification
 
 SHAPE = {"hidden_size": 512, "num_hidden_layers": 6, "vocab_size": 16000, "max_position_embeddings": 512}
 MIXLM = {"ff_dim": 4096, "n_experts": 4, "num_heads": 4, "kernel_size": 9}
 SWITCH = {"ff_dim": 1024, "n_experts": 4, "num_heads": 8}
-ENGINES = [
-    Setting(zero, backend, auto_wrap, ranks=2)
-    for backend in ("torch", "fairscale")
-    for zero in range(4)
-    for auto_wrap in (False, True)
-    if (zero >= 2 or not auto_wrap) and (zero or backend == "torch")
-]
+ENGINES = [Setting(each.zero, each.sharding_backend, each.auto_wrap, ranks=2) for each in verification.CASES]
 
 
 class Case(NamedTuple):
@@ -67,8 +62,7 @@ def main() -> None:
         planned, measured = plan.use.total, measure(config, case.rows, case.length, setting, steps=2).peak_bytes
         model = f"{case.family} {plan.numbers / 1e6:.0f}M"
         batch = f"{'2 × ' if setting.accumulates else ''}{case.rows} × {case.length}"
-        backend = f" {setting.sharding_backend}" if setting.zero else ""
-        engine = f"zero {setting.zero}{backend}{' auto_wrap' if setting.auto_wrap else ''}"
+        engine = verification.Case(setting.zero, setting.sharding_backend, setting.auto_wrap).name
         print(
             f"| {model} | {case.task} | {batch} | {setting.ranks} | {engine} | {setting.precision} | "
             f"{planned / 1e6:,.0f} | {measured / 1e6:,.0f} | {planned / measured - 1:+.1%} |",

@@ -26,7 +26,7 @@ from transformers import AutoModelForPreTraining, PreTrainedConfig
 
 from .kernels import TOKENS_PER_BLOCK
 from .profiling import random_batch
-from .training.arguments import PretrainingArguments, TrainingArguments
+from .training.arguments import PretrainingArguments, TrainingArguments, cuts_parameters
 from .training.batch_size import MOST_ROWS
 from .training.optimization import OptimizerSettings, orthogonalized
 from .training.precision import autocast
@@ -77,8 +77,7 @@ class Setting(NamedTuple):
     @property
     def is_fully_sharded(self) -> bool:
         """Whether every parameter is cut into as many pieces as there are ranks (see `sharding.build_engine`)."""
-        by_owner = self.sharding_backend == "fairscale" and not self.auto_wrap
-        return self.ranks > 1 and self.zero >= (3 if by_owner else 2)
+        return self.ranks > 1 and cuts_parameters(self.zero, self.sharding_backend, self.auto_wrap)
 
     @property
     def is_wrapped(self) -> bool:

@@ -302,10 +302,15 @@ class TrainingArguments:
         return dataclasses.asdict(self)
 
 
+def cuts_parameters(zero: int, sharding_backend: str, auto_wrap: bool) -> bool:
+    """Whether an engine cuts every parameter into as many pieces as there are ranks: from stage 2 on, but that
+    fairscale's stage 2 without `auto_wrap` gives each parameter to one rank."""
+    return zero == 3 or (zero == 2 and (auto_wrap or sharding_backend == "torch"))
+
+
 def has_matrices(zero: int, sharding_backend: str, auto_wrap: bool) -> bool:
-    """Whether an engine has the whole matrices that Muon updates: where fairscale shares out parameters, none has."""
-    shares_out = zero == 3 or (zero == 2 and auto_wrap)
-    return not (shares_out and sharding_backend == "fairscale")
+    """Whether an engine has the whole matrices that Muon updates: where fairscale cuts parameters, none has."""
+    return sharding_backend == "torch" or not cuts_parameters(zero, sharding_backend, auto_wrap)
 
 
 def with_default(of: type, name: str, default: Any) -> Any:
