@@ -210,10 +210,11 @@ class MixLMConfig(_EncoderConfig):
         normalize_embeddings: retrieval: a vector is divided by its norm, so that inner products are cosines.
         two_towers: retrieval: contexts have an encoder of their own instead of that of the queries.
         kernels: how the formulas are computed. It changes time and memory, and no result in float32 and float64; in 16
-            bits, gradients differ in rounding. "plain" = torch's operations one by one; "fused" = the functions of
-            `mixlm.kernels`; "lean" = those, computing the activations of the feed-forward twice rather than keeping
-            them; "auto" = by device, hidden size and length (`kernels.choose_kernels`). Only "plain" can run backward
-            twice through the same forward pass (retain_graph, second derivatives); the others say so in an error.
+            bits, results and gradients differ in rounding. "plain" = torch's operations one by one; "fused" = the
+            functions of `mixlm.kernels`; "lean" = those, computing the activations of the feed-forward twice rather
+            than keeping them; "auto" = by device, hidden size and length (`kernels.choose_kernels`). Only "plain" can
+            run backward twice through the same forward pass (retain_graph, second derivatives); the others say so in
+            an error.
 
     Raises:
         StrictDataclassError: a field has the wrong type, or a value that is not allowed (the message names both).

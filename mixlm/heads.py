@@ -30,7 +30,7 @@ class EncoderOutput(ModelOutput):
 
     Args:
         last_hidden_state: [batch, length, hidden].
-        aux_loss: Switch: the weighted load-balancing and z losses, a scalar.
+        aux_loss: Switch: the weighted load-balancing and z losses, a scalar; in training mode, and with router_logits.
         hidden_states, attentions, router_logits: one entry a layer, on request.
     """
 
@@ -452,7 +452,10 @@ class RetrievalHeads(EncoderHeads):
     def embed(self, encoded: EncoderOutput, attention_mask: Tensor | None) -> Tensor:
         """The vectors of texts, [batch, hidden]."""
         vectors = self.pooler(encoded.last_hidden_state, attention_mask)
-        return F.normalize(vectors, dim=-1) if self.config.normalize_embeddings else vectors
+        if not self.config.normalize_embeddings:
+            return vectors
+        # What keeps the vector of padding alone from a division by 0 would be 0 in 16 bits.
+        return F.normalize(at_least_float32(vectors), dim=-1).to(vectors.dtype)
 
     def encode_context(self, *inputs: Tensor | None, **kwargs: Any) -> EncoderOutput:
         """As `encode`, for contexts."""

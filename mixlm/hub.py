@@ -6,7 +6,7 @@ known by their content, and small ones travel with the commit.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -20,9 +20,10 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from .errors import UserError, one_line
 
 CARD_FILE = "README.md"
+MODULES_FILE = "modules.json"  # of sentence-transformers
 WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt")
-# What of a model's folder goes to the Hub, beside the code that its config.json names.
+# What of a model's folder goes to the Hub, beside the code that its config.json and modules.json name.
 PUBLISHED = (
     "config.json",
     *WEIGHTS,
@@ -30,6 +31,7 @@ PUBLISHED = (
     *TOKENIZER_FILES,
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("reader.json", "encoder.json", "run.json", "eval_results.json"),
+    *(MODULES_FILE, "config_sentence_transformers.json"),
     *(CARD_FILE, "curves.png", "reading.png"),
 )
 _ADVICE = {
@@ -112,14 +114,36 @@ def files_to_push(folder: Path) -> list[str]:
             f"{folder}: no finished model is there (config.json and model.safetensors); give the folder of a run that "
             "has ended, or one of save_pretrained"
         )
-    try:
-        targets = json.loads(configuration.read_text("utf-8")).get("auto_map", {}).values()
-        code = {folder / f"{target.partition('.')[0]}.py" for target in targets}
-        code |= {Path(file) for module in code for file in get_relative_import_files(module)}
-    except (OSError, ValueError, RecursionError, AttributeError) as error:
-        raise UserError(f"{configuration}: the code it names cannot be found: {one_line(error)}") from error
     published = {name for name in names if any(fnmatchcase(name, pattern) for pattern in PUBLISHED)}
-    return sorted(published | {file.name for file in code})
+    with _reading(configuration):
+        classes = json.loads(configuration.read_text("utf-8")).get("auto_map", {}).values()
+        published |= _code_of(classes, folder)
+    if MODULES_FILE in names:
+        with _reading(folder / MODULES_FILE):
+            modules = json.loads((folder / MODULES_FILE).read_text("utf-8"))
+            elsewhere = [module["path"] for module in modules if module["path"]]
+            published |= _code_of((module["type"] for module in modules if not module["path"]), folder)
+        if elsewhere:
+            raise UserError(
+                f"{folder / MODULES_FILE}: has a module in the folder {elsewhere[0]}, and mixlm push takes none; use "
+                "SentenceTransformer(...).push_to_hub"
+            )
+    return sorted(published)
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    """Within it, what goes wrong with the file and the code that it names is a UserError."""
+    try:
+        yield
+    except (OSError, ValueError, LookupError, TypeError, RecursionError, AttributeError) as error:
+        raise UserError(f"{file}: the code it names cannot be found: {one_line(error)}") from error
+
+
+def _code_of(classes: Iterable[str], folder: Path) -> set[str]:
+    """The files of classes, each named as module.Class, and of what these import from beside them."""
+    modules = {folder / f"{name.partition('.')[0]}.py" for name in classes}
+    return {Path(file).name for module in modules for file in (module, *get_relative_import_files(module))}
 
 
 def card_on_hub(name: str) -> str | None:

@@ -173,9 +173,12 @@ def seeded(seed: int, device: torch.device) -> torch.Generator:
 
 class _SeededDropout(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, probability: float, seed: int) -> Tensor:
-        ctx.probability, ctx.seed = probability, seed
+    def forward(hidden: Tensor, probability: float, seed: int) -> Tensor:
         return dropout_factors(hidden, probability, seeded(seed, hidden.device)).mul_(hidden)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor, float, int], output: Tensor) -> None:
+        _, ctx.probability, ctx.seed = inputs  # on its own, as torch.func wants it
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:

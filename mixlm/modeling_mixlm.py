@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -362,10 +363,19 @@ class MixLMPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         initialize(module)
 
-    def save_pretrained(self, save_directory, **kwargs):
+    def __init__(self, config, *args: Any, **kwargs: Any):
+        """Raises StrictDataclassError for a configuration that was changed to values which are not allowed."""
+        config.validate()  # its constructor has done so, but `from_pretrained(folder, field=value)` comes after that
+        super().__init__(config, *args, **kwargs)
+
+    def save_pretrained(self, save_directory, *args: Any, **kwargs: Any):
         """As in transformers; the configuration also names the class of every head (`auto_map`)."""
         self.config.auto_map = dict(self.auto_classes)
-        return super().save_pretrained(save_directory, **kwargs)
+        saved = super().save_pretrained(save_directory, *args, **kwargs)
+        family = next(base for base in type(self).__mro__ if "auto_classes" in vars(base))
+        if type(self).__module__ != family.__module__:  # the file of a head of somebody's own is not those it names
+            custom_object_save(family, save_directory)
+        return saved
 
     def _encode(
         self,
@@ -387,7 +397,7 @@ class MixLMPreTrainedModel(PreTrainedModel):
                     f"attention_mask has shape {tuple(attention_mask.shape)}, expected {tuple(hidden.shape[:2])}: "
                     "one number a token, 0 for padding"
                 )
-            token_mask = attention_mask.to(hidden.dtype)[..., None]  # [B, L, 1]
+            token_mask = attention_mask.bool().to(hidden.dtype)[..., None]  # [B, L, 1]
         if self.config.residual_attention:
             visible = None if attention_mask is None else attention_mask.bool()[:, None, None, :]
         else:

@@ -98,6 +98,17 @@ class Experts(nn.Module):
         ]
         return torch.cat(outputs)
 
+    def one_by_one(self, tokens: Tensor, expert: Tensor) -> Tensor:
+        """[T, C] and the expert of each [T] -> [T, C]: as `forward`, for a graph. How many tokens an expert has, the
+        graph finds out each time; a number would be a constant in it. What has no expert becomes zeros."""
+        transformed = torch.zeros_like(tokens)
+        for number in range(len(self.up_weight)):
+            (places,) = (expert == number).nonzero(as_tuple=True)
+            active = self.act_fn(F.linear(tokens[places], self.up_weight[number], self.up_bias[number]))
+            outputs = F.linear(active, self.down_weight[number], self.down_bias[number])
+            transformed = transformed.index_copy(0, places, outputs.to(tokens.dtype))
+        return transformed
+
 
 class Router(nn.Linear):
     """The logits of the experts: [B, L, C] -> [B, L, E], in float32 at least.
@@ -134,8 +145,9 @@ def router_loss(router_logits: Tensor, real: Tensor, balance_coef: float, z_coef
     logits, weight = router_logits, real.to(router_logits.dtype)
     weight = weight / weight.sum(dim=1, keepdim=True).clamp(min=1)  # [B, L], sums to 1 in each sequence
     chosen = F.one_hot(logits.argmax(dim=-1), logits.shape[-1]).to(logits.dtype)
-    share = torch.einsum("bl,ble->be", weight, chosen)
-    probability = torch.einsum("bl,ble->be", weight, logits.softmax(dim=-1))
+    # Sums and no matrix products, which autocast would round to 16 bits.
+    share = (weight[..., None] * chosen).sum(dim=1)  # [B, E]
+    probability = (weight[..., None] * logits.softmax(dim=-1)).sum(dim=1)
     balance = logits.shape[-1] * (share * probability).sum(dim=-1)
     z = (weight * logits.logsumexp(dim=-1).square()).sum(dim=1)
     return (balance_coef * balance + z_coef * z).mean()
@@ -185,11 +197,14 @@ class SwitchFeedForward(nn.Module):
             probability = probability / probability.detach()
         tokens, expert, probability = hidden.flatten(0, 1), expert.flatten(), probability.flatten()
         expert = expert.masked_fill(~routed.flatten(), self.config.n_experts)  # behind all experts
-        counts = expert.bincount(minlength=self.config.n_experts + 1)[:-1].tolist()
-        places = expert.argsort(stable=True)[: sum(counts)]
-        outputs = self.experts(tokens[places], counts, kernels) * probability[places, None].to(hidden.dtype)
-        transformed = torch.zeros_like(tokens).index_copy(0, places, outputs.to(hidden.dtype)).view_as(hidden)
-        return self.dropout(transformed), router_logits
+        if torch.jit.is_tracing() or torch.compiler.is_exporting():
+            transformed = self.experts.one_by_one(tokens, expert) * probability[:, None].to(hidden.dtype)
+        else:
+            counts = expert.bincount(minlength=self.config.n_experts + 1)[:-1].tolist()
+            places = expert.argsort(stable=True)[: sum(counts)]
+            outputs = self.experts(tokens[places], counts, kernels) * probability[places, None].to(hidden.dtype)
+            transformed = torch.zeros_like(tokens).index_copy(0, places, outputs.to(hidden.dtype))
+        return self.dropout(transformed.view_as(hidden)), router_logits
 
 
 class MixLMSwitchPreTrainedModel(MixLMPreTrainedModel):
@@ -243,17 +258,21 @@ class MixLMSwitchModel(MixLMSwitchPreTrainedModel):
                 configuration's.
 
         Returns:
-            `EncoderOutput` with last_hidden_state [batch, length, hidden] and aux_loss, the weighted load-balancing
-            and z losses summed over the layers; attentions are [batch, heads, length, length].
+            `EncoderOutput` with last_hidden_state [batch, length, hidden]; in training mode, and with
+            `output_router_logits`, also aux_loss, the weighted load-balancing and z losses summed over the layers.
+            (It is a number of the whole batch, which is nothing that a pipeline could cut into texts, and a loss that
+            is measured is that of the task.) Attentions are [batch, heads, length, length].
         """
         hidden, router_logits = self._encode(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs
         )
-        real = hidden.new_ones(hidden.shape[:2]) if attention_mask is None else attention_mask
-        balance_coef, z_coef = self.config.router_aux_loss_coef, self.config.router_z_loss_coef
-        aux_loss = torch.stack([router_loss(logits, real, balance_coef, z_coef) for logits in router_logits]).sum()
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
+        aux_loss = None
+        if self.training or output_router_logits:
+            real = hidden.new_ones(hidden.shape[:2]) if attention_mask is None else attention_mask
+            coefs = self.config.router_aux_loss_coef, self.config.router_z_loss_coef
+            aux_loss = torch.stack([router_loss(logits, real, *coefs) for logits in router_logits]).sum()
         return EncoderOutput(
             last_hidden_state=hidden,
             aux_loss=aux_loss,

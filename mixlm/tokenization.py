@@ -17,6 +17,8 @@ What happens to text before it is cut, and what does not:
   own code points.
 """
 
+import copy
+import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -354,8 +356,16 @@ def load_tokenizer(name_or_path: str | PathLike) -> PreTrainedTokenizerFast:
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write a tokenizer into a folder; OSError where that cannot be done."""
+    """Write a tokenizer into a folder; OSError where that cannot be done.
+
+    Where a model is in it already, texts are cut at that model's length if `truncation` is asked for.
+    """
     try:
+        config = folder / "config.json"
+        longest = json.loads(config.read_text("utf-8")).get("max_position_embeddings") if config.is_file() else None
+        if longest is not None:
+            tokenizer = copy.copy(tokenizer)
+            tokenizer.model_max_length = longest
         tokenizer.save_pretrained(folder)
     except OSError:
         raise

@@ -55,6 +55,9 @@ def ict_batch(config, lengths=(3, 2, 4), context_lengths=(7, 8, 5)):
     }
 
 
+AUX = {"output_router_logits": True}  # without it Switch has its aux_loss in training alone; MixLM has none
+
+
 def aux(output):
     return 0 if output.aux_loss is None else output.aux_loss
 
@@ -276,11 +279,11 @@ class TestRetrieval:
         model = build(model_class)
         batch = ict_batch(model.config)
         query = {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids")}
-        output = model(**query, context_input_ids=batch["context_input_ids"][:, :5])
+        output = model(**query, context_input_ids=batch["context_input_ids"][:, :5], **AUX)
         same(output.embeddings, model(**query).embeddings)
         same(output.context_embeddings, model(batch["context_input_ids"][:, :5]).embeddings)
         if output.aux_loss is not None:  # a text weighs the same wherever it stands
-            alone = model(**query).aux_loss, model(batch["context_input_ids"][:, :5]).aux_loss
+            alone = model(**query, **AUX).aux_loss, model(batch["context_input_ids"][:, :5], **AUX).aux_loss
             same(output.aux_loss, sum(alone) / 2)
 
     @RETRIEVAL
@@ -296,20 +299,29 @@ class TestRetrieval:
         assert queries.loss is None and queries.context_embeddings is None
 
     @RETRIEVAL
+    def test_the_vector_of_padding_alone_is_a_number(self, model_class):
+        model = build(model_class, normalize_embeddings=True, pooler="mean").half()
+        batch = random_batch(model.config, [6, 6])
+        batch["attention_mask"][1] = 0
+        vectors = model(**batch).embeddings
+        assert vectors.dtype == torch.half and vectors.isfinite().all()
+        assert vectors[0].float().norm().item() == pytest.approx(1, abs=1e-3)
+
+    @RETRIEVAL
     def test_hard_negatives_stand_behind_the_own_context(self, model_class):
         model = build(model_class)
         batch = ict_batch(model.config, context_lengths=(7, 8, 5, 6, 3))
         del batch["labels"], batch["context_labels"]
         own = [0, 2, 3]
-        output = model(**batch, context_first_rows=torch.tensor(own))
+        output = model(**batch, **AUX, context_first_rows=torch.tensor(own))
         scores = (output.embeddings @ output.context_embeddings.T).tolist()
         expected = 0
         for row, place in zip(scores, own, strict=True):
             expected += math.log(sum(math.exp(score - row[place]) for score in row)) / 3
         assert output.loss.item() == pytest.approx(expected + torch.as_tensor(aux(output)).item(), rel=1e-5)
         if output.aux_loss is not None:  # also where there are more contexts than queries
-            query = model(**{name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids")})
-            context = model(batch["context_input_ids"], batch["context_attention_mask"])
+            query = model(**{name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids")}, **AUX)
+            context = model(batch["context_input_ids"], batch["context_attention_mask"], **AUX)
             same(output.aux_loss, (3 * query.aux_loss + 5 * context.aux_loss) / 8)
 
     @RETRIEVAL
@@ -389,7 +401,7 @@ class TestSentenceOrderPretraining:
     def test_loss_is_composed_of_its_parts(self, model_class):
         model = build(model_class)
         batch = sop_batch(model.config)
-        output = model(**batch)
+        output = model(**batch, **AUX)
         same(output.loss, output.mlm_loss + output.sop_loss + aux(output))
         assert output.ict_loss is None
         assert (output.aux_loss is None) == (model.config.model_type == "mixlm")

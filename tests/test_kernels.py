@@ -526,6 +526,14 @@ class TestDropout:
             (gradient,) = torch.autograd.grad(dropped, hidden, upstream, retain_graph=True)
             torch.testing.assert_close(gradient, factors * upstream, rtol=1e-15, atol=0)
 
+    def test_gradients_of_torch_func(self):
+        hidden = torch.randn(4, 6)
+        torch.manual_seed(0)
+        gradient = torch.func.grad(lambda inputs: Dropout(0.5)(inputs).square().sum())(hidden)
+        torch.manual_seed(0)
+        dropped = Dropout(0.5)(hidden)
+        assert torch.equal(gradient, torch.where(dropped == 0, 0, 2 * dropped * 2))
+
     def test_keeps_no_mask(self):
         saved = []
         hidden = torch.ones(4, 4, requires_grad=True)

@@ -7,6 +7,7 @@ from itertools import product
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from oracle import Oracle, in_batch_cross_entropy, mean_cross_entropy, random_batch, small_model
 from safetensors import safe_open
 from torch import nn
@@ -26,6 +27,7 @@ from mixlm import (
     MixLMSwitchModel,
 )
 from mixlm.modeling_mixlm import kernel_sizes
+from mixlm.modeling_switch import router_loss
 
 BOTH_FAMILIES = pytest.mark.parametrize("model_class", [MixLMModel, MixLMSwitchModel])
 HEADS = [
@@ -115,7 +117,7 @@ def oracle_loss(model, batch, training):
             mlm_labels.append(batch["context_labels"].flatten())
     if mlm_logits:
         losses.append(mean_cross_entropy(torch.cat(mlm_logits), torch.cat(mlm_labels)))
-    if aux_losses[0] is not None:
+    if training and aux_losses[0] is not None:
         losses.append(sum(aux_losses) / len(aux_losses))
     return sum(losses)
 
@@ -405,6 +407,14 @@ class TestPadding:
         batch["attention_mask"] = batch["attention_mask"].to(mask_dtype)
         torch.testing.assert_close(model(**batch).last_hidden_state, expected)
 
+    def test_mask_of_other_numbers(self, model_class):
+        """Padding is 0, and what is not 0 is a token."""
+        model = small_model(model_class, num_hidden_layers=2)
+        batch = random_batch(model.config, [7, 4])
+        expected = model(**batch).last_hidden_state
+        batch["attention_mask"] = 2 * batch["attention_mask"]
+        torch.testing.assert_close(model(**batch).last_hidden_state, expected)
+
     def test_a_row_of_padding_alone_does_no_harm(self, model_class):
         model = small_model(model_class, num_hidden_layers=2).train()
         batch = random_batch(model.config, [5, 5])
@@ -468,6 +478,12 @@ class TestInputs:
         model = small_model(model_class, num_hidden_layers=2)
         with pytest.raises(ValueError, match=r"attention_mask has shape \(2, 5\), expected \(2, 6\)"):
             model(torch.zeros(2, 6, dtype=torch.long), torch.ones(2, 5))
+
+    def test_a_wrong_field_is_refused_when_a_model_is_loaded(self, model_class, tmp_path):
+        """transformers sets it in a configuration that has been made already."""
+        small_model(model_class).save_pretrained(tmp_path)
+        with pytest.raises(StrictDataclassError, match="layer_group=3 does not divide num_hidden_layers=4"):
+            model_class.from_pretrained(tmp_path, layer_group=3)
 
     def test_no_input_or_two(self, model_class):
         model = small_model(model_class, num_hidden_layers=2)
@@ -699,7 +715,7 @@ class TestSwitch:
             for feed_forward in model.stack.feed_forwards:
                 feed_forward.router.weight.zero_()
                 feed_forward.router.bias.zero_()
-        aux_loss = model(**random_batch(model.config, [7, 4])).aux_loss
+        aux_loss = model.train()(**random_batch(model.config, [7, 4])).aux_loss
         assert aux_loss.item() == pytest.approx(4 * 1.0)  # 4 layers x 3 experts x (1 x 1/3 + 0 x 1/3 + 0 x 1/3)
 
     def test_aux_loss_of_a_constant_router(self):
@@ -707,7 +723,7 @@ class TestSwitch:
         model, ids = one_switch_layer(router_aux_loss_coef=0.5, router_z_loss_coef=0.25)
         probability = math.exp(2) / (math.exp(2) + 1)
         expected = 0.5 * 2 * probability + 0.25 * math.log(math.exp(2) + 1) ** 2
-        assert model(ids).aux_loss.item() == pytest.approx(expected, rel=1e-5)
+        assert model(ids, output_router_logits=True).aux_loss.item() == pytest.approx(expected, rel=1e-5)
         assert model.train()(ids).aux_loss.item() == pytest.approx(expected, rel=1e-5), "dropped tokens count too"
 
     def test_an_expert_without_tokens_has_a_gradient_of_zero(self):
@@ -739,6 +755,38 @@ class TestSwitch:
         assert [logits.shape for logits in model(**batch, output_router_logits=True).router_logits] == [(2, 5, 3)] * 4
         model.config.output_router_logits = True
         assert len(model(**batch).router_logits) == 4
+
+    def test_aux_loss_in_training_and_with_the_router_logits(self):
+        """An evaluation's loss is that of the task, and a pipeline can cut the output into texts."""
+        model = small_model(MixLMSwitchForMaskedLM)
+        batch = random_batch(model.config, [5, 5])
+        batch["labels"] = batch["input_ids"]
+        output, asked = model(**batch), model(**batch, output_router_logits=True)
+        assert output.aux_loss is None and output.loss == output.mlm_loss
+        assert asked.loss == asked.mlm_loss + asked.aux_loss > output.loss
+        assert model.train()(**batch).aux_loss > 0
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_aux_loss_is_not_rounded_by_autocast(self, dtype):
+        logits = torch.randn(4, 50, 8, generator=torch.Generator().manual_seed(0), requires_grad=True)
+        real = torch.ones(4, 50)
+        real[1, 30:] = 0
+        expected = router_loss(logits, real, 1.0, 0.1)
+        with torch.autocast("cpu", dtype=dtype):
+            loss = router_loss(logits, real, 1.0, 0.1)
+        assert loss == expected
+        assert torch.equal(*(torch.autograd.grad(each, logits)[0] for each in (loss, expected)))
+
+    @pytest.mark.filterwarnings("ignore")
+    def test_a_trace_routes_the_tokens_it_is_given(self):
+        """And not as those it was recorded with."""
+        model = small_model(MixLMSwitchModel, num_hidden_layers=2, return_dict=False)
+        recorded, other = (random_batch(model.config, [9, 5], seed=seed) for seed in (0, 1))
+        names = ("input_ids", "attention_mask")
+        with torch.no_grad():
+            traced = torch.jit.trace(model, tuple(recorded[name] for name in names), strict=False)
+            inputs = [other[name] for name in names]
+            torch.testing.assert_close(traced(*inputs)[0], model(*inputs)[0], **tolerance(model))
 
 
 @EVERY_HEAD

@@ -9,6 +9,10 @@ from remote_models import HEADS, run_without_package, tensors_of, tiny_inputs, t
 from safetensors.torch import load_file, save_file
 from transformers import pipeline
 
+import mixlm
+from mixlm.heads import EncoderHeads
+from mixlm.hub import files_to_push
+
 TEXT = "서울 은 한국 의 [MASK] 이다 ."
 # Auto class -> fields of the configuration: the other heads load from a folder with two towers too.
 FIELDS = {"AutoModelForTextEncoding": {"two_towers": True, "normalize_embeddings": True}}
@@ -124,3 +128,28 @@ def check_outputs(found: dict[str, torch.Tensor], key: str, module: torch.nn.Mod
     assert expected
     for name, value in expected.items():
         torch.testing.assert_close(found[f"{key}/{name}"], value, rtol=1e-5, atol=1e-6)
+
+
+class MixLMOfSomebody(mixlm.MixLMForMaskedLM):
+    """In a file of its own, beside which there is no model code."""
+
+
+class SwitchOfSomebody(EncoderHeads, mixlm.MixLMSwitchPreTrainedModel):
+    """With a head that no Auto class has."""
+
+    base_model_class = mixlm.MixLMSwitchModel
+
+    def build_heads(self, config) -> None:
+        pass
+
+
+@pytest.mark.parametrize("model_class", [MixLMOfSomebody, SwitchOfSomebody])
+def test_a_head_of_ones_own_is_saved_with_the_code_of_the_others(model_class, tmp_path):
+    tiny_model(model_class).save_pretrained(tmp_path / "model", True)
+    auto_map = json.loads((tmp_path / "model" / "config.json").read_text("utf-8"))["auto_map"]
+    code = {file.name for file in (tmp_path / "model").glob("*.py")}
+    assert {target.partition(".")[0] + ".py" for target in auto_map.values()} <= code
+    assert code <= set(files_to_push(tmp_path / "model"))
+    run_without_package(
+        "from transformers import AutoModel\nAutoModel.from_pretrained('model', trust_remote_code=True)", tmp_path
+    )

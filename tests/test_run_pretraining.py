@@ -138,8 +138,15 @@ def check_finished_folder(folder: Path, family: str, task: str, capsys) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     masked = AutoModelForMaskedLM.from_pretrained(folder)
     assert torch.equal(masked.mlm_head.decoder.weight, model.mlm_head.decoder.weight)
-    filled = pipeline("fill-mask", model=masked, tokenizer=tokenizer)("서울은 한국의 [MASK]이다.", top_k=3)
+    fill_mask = pipeline("fill-mask", model=masked, tokenizer=tokenizer)
+    filled = fill_mask("서울은 한국의 [MASK]이다.", top_k=3)
     assert len(filled) == 3 and all(0 < candidate["score"] <= 1 for candidate in filled)
+    two = fill_mask(["서울은 한국의 [MASK]이다."] * 2, top_k=3, batch_size=2)
+    assert [[guess["token"] for guess in of_one] for of_one in two] == [[guess["token"] for guess in filled]] * 2
+    longest = model.config.max_position_embeddings
+    assert tokenizer.model_max_length == longest
+    vectors = pipeline("feature-extraction", model=str(folder), tokenize_kwargs={"truncation": True})("서울 " * 999)
+    assert len(vectors[0]) == longest
     assert not [path for path in folder.rglob("*") if "incomplete" in path.name or path.name == "final"]
     output = capsys.readouterr().out
     for name, value in results.items():

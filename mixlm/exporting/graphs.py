@@ -20,8 +20,7 @@ from torch.export import Dim
 from transformers import PreTrainedModel
 
 from ..data.packages import required
-from ..kernels import Kernels
-from ..modeling_switch import SwitchFeedForward
+from ..modeling_switch import Router
 
 FLOAT_SUFFIX, INT8_SUFFIX = ".onnx", ".int8.onnx"
 # What is in 8 bits: matrix products and tables of embeddings. Convolutions are slower so than in 32 bits.
@@ -87,7 +86,7 @@ def write_graph(model: PreTrainedModel, graph: Graph, file: Path) -> None:
     # A tensor for each: one that is given twice would be traced as one input.
     example = torch.ones(len(graph.inputs), 2, min(8, model.config.max_position_embeddings), dtype=torch.long)
     shape = {0: Dim("batch"), 1: Dim("length", max=model.config.max_position_embeddings)}
-    with _quiet(), traceable(model):
+    with _quiet(), routers_in_64_bits(model):
         program = torch.onnx.export(
             call,
             tuple(each.clone() for each in example),
@@ -125,43 +124,21 @@ def write_int8(source: Path, file: Path) -> None:
 
 
 @contextmanager
-def traceable(model: PreTrainedModel) -> Iterator[None]:
-    """Within it, mixtures of experts are in the form of `routed_feed_forward`."""
-    mixtures = [module for module in model.modules() if isinstance(module, SwitchFeedForward)]
-    for mixture in mixtures:
-        mixture.forward = partial(routed_feed_forward, mixture)
+def routers_in_64_bits(model: PreTrainedModel) -> Iterator[None]:
+    """Within it, routers compute in 64 bits, which `write_int8` leaves alone: which expert is first must not depend on
+    rounding to 8."""
+    routers = [module for module in model.modules() if isinstance(module, Router)]
+    for router in routers:
+        router.forward = partial(_in_64_bits, router)
     try:
         yield
     finally:
-        for mixture in mixtures:
-            del mixture.forward
+        for router in routers:
+            del router.forward
 
 
-def routed_feed_forward(
-    mixture: SwitchFeedForward, hidden: Tensor, token_mask: Tensor | None, kernels: Kernels
-) -> tuple[Tensor, Tensor]:
-    """`SwitchFeedForward.forward` in evaluation, without numbers of tokens that a trace would take for constants.
-
-    Each expert gathers its own tokens, however many, and puts what becomes of them back in their places. Padding is
-    no expert's. The router is in 64 bits, which `write_int8` leaves alone: which expert is first must not depend on
-    rounding to 8.
-    """
-    router = mixture.router
-    router_logits = F.linear(hidden.double(), router.weight.double(), router.bias.double()).to(hidden.dtype)
-    probability, expert = router_logits.softmax(dim=-1).max(dim=-1)
-    if mixture.config.router_scaling == "straight-through":
-        probability = torch.ones_like(probability)
-    if token_mask is not None:
-        expert = expert.masked_fill(~token_mask[..., 0].bool(), mixture.config.n_experts)
-    tokens, expert, probability = hidden.flatten(0, 1), expert.flatten(), probability.flatten()
-    transformed = torch.zeros_like(tokens)
-    experts = mixture.experts
-    for number in range(mixture.config.n_experts):
-        (places,) = (expert == number).nonzero(as_tuple=True)
-        active = experts.act_fn(F.linear(tokens[places], experts.up_weight[number], experts.up_bias[number]))
-        outputs = F.linear(active, experts.down_weight[number], experts.down_bias[number])
-        transformed = transformed.index_copy(0, places, outputs * probability[places, None])
-    return transformed.view_as(hidden), router_logits
+def _in_64_bits(router: Router, hidden: Tensor) -> Tensor:
+    return F.linear(hidden.double(), router.weight.double(), router.bias.double()).to(hidden.dtype)
 
 
 class GraphModel:

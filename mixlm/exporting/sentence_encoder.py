@@ -42,8 +42,15 @@ class RetrievalEncoder(InputModule):
 
     @property
     def max_seq_length(self) -> int:
-        """Most tokens of a passage."""
+        """Most tokens of a passage; can be set, to at most what the model takes."""
         return self.encoding["max_passage_length"]
+
+    @max_seq_length.setter
+    def max_seq_length(self, value: int) -> None:
+        longest = self.model.config.max_position_embeddings
+        if not 2 <= value <= longest:  # [CLS] and [SEP] at least
+            raise ValueError(f"max_seq_length={value} must be from 2 to {longest}, which the model takes")
+        self.encoding = {**self.encoding, "max_passage_length": value}
 
     def get_embedding_dimension(self) -> int:
         """Numbers in a vector."""

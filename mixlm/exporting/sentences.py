@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..encoder import MixLMEncoder
 from ..files import new_folder
-from ..tokenization import load_tokenizer
+from ..tokenization import load_tokenizer, save_tokenizer
 
 MODULE_FILE = Path(__file__).with_name("sentence_encoder.py")
 MODULE_CLASS = "RetrievalEncoder"
@@ -31,7 +31,7 @@ def export_sentence_transformers(name_or_path: str | Path, out: Path) -> MixLMEn
     encoder = MixLMEncoder.from_pretrained(name_or_path, device="cpu")
     with new_folder(out) as folder:
         encoder.model.save_pretrained(folder)
-        load_tokenizer(name_or_path).save_pretrained(folder)
+        save_tokenizer(load_tokenizer(name_or_path), folder)
         encoder.encoding.save(folder)
         shutil.copyfile(MODULE_FILE, folder / MODULE_FILE.name)
         module = {"idx": 0, "name": "0", "path": "", "type": f"{MODULE_FILE.stem}.{MODULE_CLASS}"}

@@ -13,7 +13,9 @@ import mixlm
 from mixlm import cli
 from mixlm.data.passages import Passage
 from mixlm.encoder import Encoding, MixLMEncoder
+from mixlm.errors import UserError
 from mixlm.exporting.sentences import export_sentence_transformers
+from mixlm.hub import files_to_push
 
 DOCS = Path(__file__).parents[2] / "docs" / "export.md"
 CODE_OF_DOCS = re.findall(r"```python\n(.*?)```", DOCS.read_text("utf-8"), flags=re.DOTALL)[0]
@@ -41,6 +43,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import torch
 from sentence_transformers import SentenceTransformer
 
 asked = json.loads(Path("asked.json").read_text("utf-8"))
@@ -52,6 +55,16 @@ for folder in asked["folders"]:
     assert type(model[0]).__module__.startswith("transformers_modules."), type(model[0])
     assert model.get_embedding_dimension() == 16 and model.max_seq_length == 12
     assert model.similarity_fn_name == "dot"
+    model.max_seq_length = 5
+    assert torch.equal(model.preprocess([asked["queries"][3]])["input_ids"][0, [0, -1]], torch.tensor([2, 3]))
+    assert model.preprocess([asked["queries"][3]])["input_ids"].shape == (1, 5)
+    for too_much in (1, 33):
+        try:
+            model.max_seq_length = too_much
+            raise AssertionError
+        except ValueError:
+            assert model.max_seq_length == 5
+    model.max_seq_length = 12
     for batch_size in (1, 4):
         np.savez(
             f"{folder} {batch_size}.npz",
@@ -104,6 +117,23 @@ def test_an_export_is_still_a_model_of_this_package(tmp_path, capsys):
     assert "8 tokens" in capsys.readouterr().out
     found, expected = (MixLMEncoder.from_pretrained(tmp_path / name, device="cpu") for name in ("out", "source"))
     assert found.fingerprint() == expected.fingerprint()
+
+
+def test_an_export_is_pushed_whole(tmp_path):
+    """Without modules.json sentence-transformers would make other vectors of it, and say nothing."""
+    save(tmp_path / "source", tiny_model(mixlm.MixLMForRetrieval), Encoding(8, 12))
+    export_sentence_transformers(tmp_path / "source", tmp_path / "out")
+    files = files_to_push(tmp_path / "out")
+    assert files == sorted(file.name for file in (tmp_path / "out").iterdir())
+    assert {"modules.json", "config_sentence_transformers.json", "sentence_encoder.py"} < set(files)
+
+    modules = json.loads((tmp_path / "out" / "modules.json").read_text("utf-8"))
+    modules.append({"idx": 1, "name": "1", "path": "1_Normalize", "type": "sentence_transformers.models.Normalize"})
+    (tmp_path / "out" / "modules.json").write_text(json.dumps(modules), "utf-8")
+    with pytest.raises(UserError, match="has a module in the folder 1_Normalize, and mixlm push takes none"):
+        files_to_push(tmp_path / "out")
+    (tmp_path / "out" / "modules.json").write_text("{}", "utf-8")
+    assert files_to_push(tmp_path / "out") == [name for name in files if name != "sentence_encoder.py"]
 
 
 def test_a_pretrained_model_is_exported_with_lengths_that_it_takes(tmp_path):

@@ -16,7 +16,7 @@ from mixlm import (
     MixLMSwitchModel,
 )
 
-MIXLM_HEADS = (MixLMModel, MixLMForPreTraining, MixLMForMaskedLM, MixLMForQuestionAnswering, MixLMForRetrieval)
+HEADS = (MixLMModel, MixLMForPreTraining, MixLMForMaskedLM, MixLMForQuestionAnswering, MixLMForRetrieval)
 
 
 @pytest.mark.parametrize("model_class", [MixLMModel, MixLMSwitchModel])
@@ -76,7 +76,12 @@ def test_switch_compiles():
 
 
 @pytest.mark.parametrize(
-    "model_class", [MixLMModel, *(pytest.param(c, marks=pytest.mark.slow) for c in MIXLM_HEADS[1:])]
+    "model_class",
+    [
+        MixLMModel,
+        MixLMSwitchModel,
+        *(pytest.param(c, marks=pytest.mark.slow) for c in (*HEADS[1:], MixLMSwitchForMaskedLM)),
+    ],
 )
 def test_exports_for_any_batch_and_length(model_class):
     model, inputs = build(model_class), batch()
