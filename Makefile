@@ -14,7 +14,8 @@ QUESTIONS := mixlm/sample/ko_questions.json
 help:  ## Show this help
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-# constraints.txt pins the tested set; torch comes first and exactly, because a range would fetch a CUDA build.
+# constraints.txt pins the tested set. torch comes first, and one that is there already is kept: where pip would fetch the build
+# for CUDA, several gigabytes, and no GPU is wanted, install it into .venv beforehand, from the CPU index that pytorch.org names.
 $(VENV)/installed: setup.py constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) (a minute or two) ..."

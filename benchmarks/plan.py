@@ -5,7 +5,8 @@
 prints the table of docs/planning.md, a line when it is measured (half an hour on a 2-core machine).
 """
 
-from collections.abc import Iterator
+import argparse
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from mixlm import MixLMConfig, MixLMSwitchConfig
@@ -50,8 +51,9 @@ def cases() -> Iterator[Case]:
         yield Case("switch", "SOP", 3, 8, 128, setting._replace(precision="bf16"))
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Print a line for each case."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(argv)
     print("| model | task | batch | processes | engine | precision | planned MB | measured MB | difference |")
     print("|---|---|---|---|---|---|---|---|---|")
     for case in cases():

@@ -9,6 +9,7 @@ tables/finalists.jsonl, docs/growth.png those of tables/growth.jsonl, and docs/s
 tables/scaling.jsonl.
 """
 
+import argparse
 import re
 import statistics
 from collections.abc import Callable, Sequence
@@ -232,7 +233,8 @@ FIGURES = {
 }
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(argv)
     results = read_results(RESULTS)
     PAGE.write_text(rewrite(PAGE.read_text("utf-8"), results), "utf-8")
     for table, (draw, figure) in FIGURES.items():

@@ -16,15 +16,21 @@ if TYPE_CHECKING:
 MODES = ("lexical", "dense", "hybrid")
 
 
-def add_index_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add --index, --model and --verify."""
+def add_index_arguments(parser: argparse.ArgumentParser, only_one: bool = False) -> None:
+    """Add --index, --model and --verify.
+
+    Args:
+        parser: of a verb.
+        only_one: the verb takes a single index, and its help says so.
+    """
+    several = "one" if only_one else "given several times, all are searched as one, by vectors alone"
     parser.add_argument(
         "--index",
         type=Path,
         action="append",
         required=True,
         metavar="DIR",
-        help="what mixlm index has built; given several times, all are searched as one, by vectors alone",
+        help=f"what mixlm index has built; {several}",
     )
     parser.add_argument(
         "--model", metavar="DIR", help="what has encoded the passages (default: where it was when it did)"

@@ -81,7 +81,7 @@ def add_tune_parser(subparsers) -> None:
             "  mixlm tune --index index --queries KorQuAD.json --qrels KorQuAD.json --articles 0:110"
         ),
     )
-    add_index_arguments(parser)
+    add_index_arguments(parser, only_one=True)
     parser.add_argument("--queries", type=Path, required=True, metavar="FILE", help=_QUERIES_HELP)
     parser.add_argument("--qrels", type=Path, required=True, metavar="FILE", help=_QRELS_HELP)
     _add_articles_argument(parser)

@@ -362,7 +362,11 @@ class PretrainingArguments(TrainingArguments):
     tokenizer: str | None = field(default=None, metadata={"help": "Folder or Hub name of a fast tokenizer. Required."})
     family: Literal["mixlm", "switch"] = field(default="mixlm", metadata={"help": "Encoder family."})
     preset: str | None = field(
-        default=None, metadata={"help": "A preset's name; its vocabulary becomes the tokenizer's. None = mixlm-mini."}
+        default=None,
+        metadata={
+            "help": "A preset's name; its vocabulary becomes the tokenizer's. None = mixlm-mini, or mixlm-switch-mini "
+            "with family switch."
+        },
     )
     config_file: str | None = field(default=None, metadata={"help": "Instead of a preset: a JSON configuration."})
 

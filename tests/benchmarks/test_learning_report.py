@@ -37,6 +37,13 @@ def test_a_table_compares_with_its_first_line(tmp_path):
     assert report.markdown(report.lines_of(file, [])) == "Not run yet.\n"
 
 
+def test_help_says_what_the_program_is_for_and_writes_nothing(monkeypatch, capsys):
+    monkeypatch.setattr(report, "read_results", None)
+    with pytest.raises(SystemExit) as exited:
+        report.main(["--help"])
+    assert exited.value.code == 0 and "docs/experiments.md" in capsys.readouterr().out
+
+
 def test_different_vocabularies_are_compared_by_character(tmp_path):
     file = table(tmp_path, {**LINE, "name": "base"}, {**LINE, "name": "larger", "vocabulary": 16000})
     results = [
