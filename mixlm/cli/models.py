@@ -83,7 +83,7 @@ def fill_mask_verb(arguments: argparse.Namespace) -> None:
 
     import mixlm  # noqa: F401  registers the model families
 
-    from ..loading import loading
+    from ..loading import load_model
     from ..tokenization import load_tokenizer
 
     disable_progress_bar()
@@ -91,11 +91,8 @@ def fill_mask_verb(arguments: argparse.Namespace) -> None:
     masks = text.count(tokenizer.mask_token)
     if not masks:
         raise UserError(f"no {tokenizer.mask_token} in {text!r}; put it where a word is to be found")
-    with loading(f"--model {arguments.model}"):
-        model, report = AutoModelForMaskedLM.from_pretrained(
-            arguments.model, output_loading_info=True, trust_remote_code=False, use_safetensors=True
-        )
-    if missing := sorted(report["missing_keys"]):
+    model, missing = load_model(AutoModelForMaskedLM, arguments.model)
+    if missing:
         raise UserError(
             f"--model {arguments.model}: lacks {len(missing)} weights that fill masks, such as {missing[0]}; use a "
             "model that was trained with masked tokens"

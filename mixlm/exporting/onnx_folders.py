@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 import mixlm
 
@@ -14,10 +14,10 @@ from ..data.packages import required
 from ..data.passages import Passage
 from ..data.retrieval import PassageNumbers
 from ..data.squad import ReadingExample, read_squad
-from ..encoder import MODEL_TYPES, MixLMEncoder
+from ..encoder import MixLMEncoder
 from ..errors import UserError
 from ..files import new_folder
-from ..loading import StoredSettings, loading
+from ..loading import StoredSettings, own_config
 from ..reader import MixLMReader
 from ..tokenization import load_tokenizer
 from .graphs import (
@@ -94,11 +94,7 @@ def export_onnx(
 
 
 def _is_reader(name: str) -> bool:
-    with loading(name):
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    if config.model_type not in MODEL_TYPES:
-        raise UserError(f"{name}: is of type {config.model_type}; give one of {' or '.join(MODEL_TYPES)}")
-    return any(architecture.endswith("ForQuestionAnswering") for architecture in config.architectures or [])
+    return any(architecture.endswith("ForQuestionAnswering") for architecture in own_config(name).architectures or [])
 
 
 def _reader(name: str, examples: list[ReadingExample]) -> tuple[PreTrainedModel, StoredSettings, list[Graph], Compare]:
