@@ -149,7 +149,6 @@ class InverseClozeExamples(_BlockExamples):
     ):
         has_context = blocks[:, 2] - blocks[:, 1] > 1
         super().__init__(corpus, blocks[has_context], masker, cls_token_id, sep_token_id, max_seq_length, seed)
-        self.skipped_blocks = len(blocks) - len(self.blocks)
         self.remove_query_probability = remove_query_probability
 
     @property

@@ -84,11 +84,6 @@ class TokenizedCorpus:
     def __reduce__(self):
         return TokenizedCorpus, (self.folder,)
 
-    def sentence_lengths(self, document: int) -> np.ndarray:
-        """Tokens of each sentence of a document, int64 [sentences]."""
-        first, last = self.document_offsets.read(document, document + 2).tolist()
-        return np.diff(self.sentence_offsets.read(first, last + 1))
-
     def sentences(self, document: int, first: int, last: int) -> list[np.ndarray]:
         """Token ids of sentences `first` to `last`, exclusive, of a document: one read-only array each."""
         first_of_document = int(self.document_offsets.read(document, document + 1)[0])
