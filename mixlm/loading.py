@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from .configuration import MixLMConfig, MixLMSwitchConfig
 from .errors import UserError, one_line
-from .files import write_whole
+from .files import json_text, write_whole
 
 MODEL_TYPES = (MixLMConfig.model_type, MixLMSwitchConfig.model_type)
 
@@ -121,7 +121,7 @@ class StoredSettings:
 
     def save(self, folder: Path) -> None:
         """Write it into the folder of a model."""
-        write_whole(folder / self.file_name, json.dumps(asdict(self), indent=2) + "\n")
+        write_whole(folder / self.file_name, json_text(asdict(self)))
 
     @classmethod
     def load(cls, name_or_path: str | Path) -> Self | None:

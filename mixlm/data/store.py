@@ -29,7 +29,7 @@ from filelock import FileLock, Timeout
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import UserError
-from ..files import NAMES_ESCAPED, cache_folder, names_of_remnants, whole_folder
+from ..files import cache_folder, names_of_remnants, whole_folder, write_json
 from .batching import scramble
 from .blocks import SENTENCES_PER_PASS, load_blocks, write_blocks
 from .columns import ArrowColumn
@@ -259,8 +259,7 @@ def _write_manifest(folder: Path, entries: dict) -> None:
         "libraries": {name: version(name) for name in ("tokenizers", "transformers", "pyarrow", "numpy")},
         "file_sizes": {file.name: file.stat().st_size for file in sorted(folder.iterdir())},
     }
-    text = json.dumps(manifest, ensure_ascii=False, indent=2)
-    (folder / "manifest.json").write_text(text, "utf-8", NAMES_ESCAPED)
+    write_json(folder / "manifest.json", manifest)
 
 
 def _open_whole(folder: Path) -> TokenizedCorpus | None:

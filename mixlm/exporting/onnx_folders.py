@@ -1,6 +1,5 @@
 """Folders with a model as ONNX, and all else that is needed to use it."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from ..data.retrieval import PassageNumbers
 from ..data.squad import ReadingExample, read_squad
 from ..encoder import MixLMEncoder
 from ..errors import UserError
-from ..files import new_folder
+from ..files import new_folder, write_json
 from ..loading import StoredSettings, own_config
 from ..reader import MixLMReader
 from ..tokenization import load_tokenizer
@@ -73,7 +72,7 @@ def export_onnx(
         config = {
             key: value for key, value in model.config.to_dict().items() if key != "auto_map"
         }  # no code goes along
-        _write(folder / "config.json", config)
+        write_json(folder / "config.json", config)
         for graph in graphs:
             write_graph(model, graph, folder / f"{graph.name}{FLOAT_SUFFIX}")
             if int8:
@@ -89,7 +88,7 @@ def export_onnx(
             size = sum((folder / f"{graph.name}{suffix}").stat().st_size for graph in graphs)
             exported = GraphModel({graph.name: folder / f"{graph.name}{suffix}" for graph in graphs}, threads)
             report[suffix] = {"megabytes": size / 1e6, **compare(exported)}
-        _write(folder / REPORT, report)
+        write_json(folder / REPORT, report)
     return report
 
 
@@ -128,7 +127,3 @@ def _passages(examples: list[ReadingExample]) -> list[Passage]:
     for example in examples:
         number_of(example.title, example.context)
     return number_of.passages
-
-
-def _write(file: Path, content: object) -> None:
-    file.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", "utf-8")

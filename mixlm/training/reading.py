@@ -1,6 +1,5 @@
 """Fine-tuning for machine reading: what `run_mrc.py` is told, the scores of all windows, and what they are worth."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -26,6 +25,7 @@ from ..evaluation.reading import (
 )
 from ..evaluation.reading_errors import error_kind
 from ..evaluation.reading_report import JudgedQuestion
+from ..files import write_json
 from ..reader import Decoding, MixLMReader, WindowScores, in_order, scores_by_window
 from ..tokenization import answers_on_token_borders
 from .fine_tuning import FineTuningArguments
@@ -285,4 +285,4 @@ def write_predictions(predictions: Predictions, folder: Path, metrics: Mapping[s
         files["eval_results"] = {f"eval/{name}": value for name, value in metrics.items()}
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
-        (folder / f"{name}.json").write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", "utf-8")
+        write_json(folder / f"{name}.json", content)

@@ -1,7 +1,6 @@
 """What comes before and after the training loop: the run's folder, the processes, the checkpoint to go on from, and
 the finished model."""
 
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from ..errors import UserError, file_error
-from ..files import partial_name, whole_folder
+from ..files import partial_name, whole_folder, write_json
 from ..hub import CARD_FILE, require_access
 from ..loading import StoredSettings
 from ..tokenization import save_tokenizer
@@ -220,7 +219,7 @@ def finish_run(
                 if settings is not None:
                     settings.save(partial)
                 results = {f"eval/{name}": value for name, value in chosen.metrics.items()}
-                (partial / RESULTS_FILE).write_text(json.dumps(results, indent=2) + "\n", "utf-8")
+                write_json(partial / RESULTS_FILE, results)
             written = list((folder / FINAL_FOLDER).iterdir())
             for path in sorted(written, key=lambda path: path.name == CONFIGURATION_FILE):
                 os.replace(path, folder / path.name)
