@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import UserError
+from ..heads import IGNORE
 
 FEISTEL_ROUNDS = 6
 
@@ -265,7 +266,7 @@ def collate(examples: Sequence[dict[str, np.ndarray | int | list]], pad_token_id
             batch[field] = torch.tensor(values, dtype=torch.int64)
             continue
         is_input = field.endswith("input_ids")
-        fill = pad_token_id if is_input else 0 if field.endswith("token_type_ids") else -100
+        fill = pad_token_id if is_input else 0 if field.endswith("token_type_ids") else IGNORE
         shape = (len(values), max(map(len, values)))
         padded = np.full(shape, fill, dtype=np.int64)
         for row, value in enumerate(values):
