@@ -22,7 +22,7 @@ from fastapi.responses import JSONResponse
 from .open_qa import OpenQA
 from .retrieval.fusion import fuse
 from .retrieval.hits import PassageHit
-from .retrieval.search import CANDIDATES, Search
+from .retrieval.search import CANDIDATES
 from .retrieval.shards import ShardedIndex
 
 LONGEST_QUESTION = 1000  # characters
@@ -145,11 +145,11 @@ def result_of(answering: OpenQA, question: str) -> dict[str, Any]:
 
 def _rankings(answering: OpenQA, question: str) -> dict[str, list[PassageHit]]:
     """What each search that there is finds for a question."""
-    index, search = answering.index, getattr(answering.find, "__self__", None)  # whose method it is
+    index, search = answering.index, answering.search
     if isinstance(index, ShardedIndex):
         return {"dense": next(search.dense([question], CANDIDATES)).hits}
     lexical = next(index.find([question], CANDIDATES)).hits
-    if not isinstance(search, Search):
+    if search is None:
         return {"lexical": lexical}
     dense = next(search.dense([question], CANDIDATES)).hits
     return {

@@ -13,8 +13,9 @@ from ..errors import UserError, one_line
 from .finding import (
     add_index_arguments,
     add_mode_argument,
-    open_find,
+    mode_of,
     open_indexes,
+    open_search,
     require_json_lines,
     require_outside,
     text_of,
@@ -89,8 +90,9 @@ def open_answering(arguments: argparse.Namespace) -> "OpenQA":
 
     disable_progress_bar()
     index = open_indexes(arguments)
-    find = open_find(index, arguments)
-    answering = OpenQA(index, MixLMReader.from_pretrained(arguments.reader), find, arguments.top_k)
+    mode = mode_of(index, arguments)
+    search = None if mode == "lexical" else open_search(index, arguments)
+    answering = OpenQA(index, MixLMReader.from_pretrained(arguments.reader), search, mode, arguments.top_k)
     if answering.unused is not None:
         print(f"note: {answering.unused}; to choose anew: mixlm ask --questions FILE --tune", file=sys.stderr)
     return answering
