@@ -7,6 +7,7 @@ from itertools import product
 
 import pytest
 import torch
+from kernel_forms import BOTH_FAMILIES
 from oracle import Oracle, in_batch_cross_entropy, mean_cross_entropy, random_batch, small_model
 from safetensors import safe_open
 from torch import nn
@@ -27,7 +28,6 @@ from mixlm import (
 )
 from mixlm.modeling_mixlm import kernel_sizes
 
-BOTH_FAMILIES = pytest.mark.parametrize("model_class", [MixLMModel, MixLMSwitchModel])
 HEADS = [
     (model_class, fields)
     for family in (
