@@ -18,8 +18,8 @@ from .finding import (
     open_search,
     require_json_lines,
     require_outside,
-    text_of,
 )
+from .options import require_positive, text_of
 from .tables import table
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def add_answering_arguments(parser: argparse.ArgumentParser) -> None:
 
 def open_answering(arguments: argparse.Namespace) -> "OpenQA":
     """Open the index, the encoder that it needs, and the reader; say where what is tuned for others is not used."""
-    _require_top_k(arguments)
+    require_positive(arguments, "top_k")
     from transformers.utils.logging import disable_progress_bar
 
     from ..open_qa import OpenQA
@@ -100,7 +100,7 @@ def open_answering(arguments: argparse.Namespace) -> "OpenQA":
 
 def ask_verb(arguments: argparse.Namespace) -> None:
     """`mixlm ask`."""
-    _require_top_k(arguments)
+    require_positive(arguments, "top_k")
     for name in ("articles", "tune", "out"):
         if getattr(arguments, name) not in (None, False) and arguments.questions is None:
             raise UserError(f"--{name} is of --questions; leave it out")
@@ -116,11 +116,6 @@ def ask_verb(arguments: argparse.Namespace) -> None:
             require_json_lines(arguments.out, "answers")
             require_outside(arguments.out, "questions", arguments.questions)
         _answer_file(arguments)
-
-
-def _require_top_k(arguments: argparse.Namespace) -> None:
-    if arguments.top_k < 1:
-        raise UserError(f"--top_k {arguments.top_k}: must be 1 or more")
 
 
 def _answer_file(arguments: argparse.Namespace) -> None:

@@ -5,6 +5,7 @@ import re
 from typing import TYPE_CHECKING
 
 from ..errors import UserError, is_out_of_memory
+from .options import require_positive
 from .tables import did_you_mean, table
 
 if TYPE_CHECKING:
@@ -104,9 +105,7 @@ def _add_masked_share(parser: argparse.ArgumentParser) -> None:
 
 def profile_verb(arguments: argparse.Namespace) -> None:
     """`mixlm profile`."""
-    for option in ("threads", "steps", "top"):
-        if getattr(arguments, option) < 1:
-            raise UserError(f"--{option} {getattr(arguments, option)}: must be 1 or more")
+    require_positive(arguments, "threads", "steps", "top")
     shape = re.fullmatch("([1-9][0-9]{0,5})x([1-9][0-9]{0,5})", arguments.shape)
     if shape is None:
         raise UserError(f"--shape {arguments.shape}: give rows x tokens, both from 1 to 999,999, such as 8x128")

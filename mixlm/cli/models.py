@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..errors import UserError, one_line
 from ..files import require_free
-from .finding import text_of
+from .options import require_positive, text_of
 from .tables import table
 
 
@@ -75,8 +75,7 @@ def add_convert_parser(subparsers) -> None:
 
 def fill_mask_verb(arguments: argparse.Namespace) -> None:
     """`mixlm fill-mask`."""
-    if arguments.top < 1:
-        raise UserError(f"--top {arguments.top}: must be 1 or more")
+    require_positive(arguments, "top")
     text = text_of("the text", arguments.text)
     from transformers import AutoModelForMaskedLM, pipeline
     from transformers.utils.logging import disable_progress_bar
@@ -114,8 +113,7 @@ def read_verb(arguments: argparse.Namespace) -> None:
     """`mixlm read`."""
     if (arguments.question is None) != (arguments.file is not None):
         raise UserError("give --question with --context or --context_file, or --file alone")
-    if arguments.batch_size < 1:
-        raise UserError(f"--batch_size {arguments.batch_size}: must be 1 or more")
+    require_positive(arguments, "batch_size")
     questions = _questions_to_read(arguments)
     from transformers.utils.logging import disable_progress_bar
 
