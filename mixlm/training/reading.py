@@ -65,11 +65,19 @@ class ReadingArguments(FineTuningArguments):
     do_predict: bool = field(default=False, metadata={"help": "Answer the questions of predict_file."})
 
     # Windows and answers
-    max_seq_length: int = field(default=384, metadata={"help": "Tokens of a window: question, context, special ones."})
-    doc_stride: int = field(default=128, metadata={"help": "Tokens from the beginning of a window to the next."})
-    max_query_length: int = field(default=64, metadata={"help": "Tokens of a question; a longer one is cut."})
-    n_best_size: int = field(default=20, metadata={"help": "Candidates of a question in nbest_predictions.json."})
-    max_answer_length: int = field(default=30, metadata={"help": "Tokens of an answer."})
+    max_seq_length: int = field(
+        default=Decoding.max_seq_length, metadata={"help": "Tokens of a window: question, context, special ones."}
+    )
+    doc_stride: int = field(
+        default=Decoding.doc_stride, metadata={"help": "Tokens from the beginning of a window to the next."}
+    )
+    max_query_length: int = field(
+        default=Decoding.max_query_length, metadata={"help": "Tokens of a question; a longer one is cut."}
+    )
+    n_best_size: int = field(
+        default=Decoding.n_best_size, metadata={"help": "Candidates of a question in nbest_predictions.json."}
+    )
+    max_answer_length: int = field(default=Decoding.max_answer_length, metadata={"help": "Tokens of an answer."})
     korean_particles: bool = field(
         default=False,
         metadata={"help": "Drop particles (josa) from the end of answers: 학교에서 becomes 학교. Needs kiwipiepy."},
