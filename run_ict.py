@@ -60,7 +60,6 @@ def run(arguments: RetrievalArguments) -> dict[str, float]:
         arguments,
         accelerator,
         lambda engine: evaluate_retrieval(engine, data, arguments.train_batch_size, texts, accelerator),
-        batches,
         tokenizer,
         arguments.encoding,
     )

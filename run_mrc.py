@@ -80,7 +80,7 @@ def train_reader(arguments: ReadingArguments, accelerator: Accelerator, question
         return reading_metrics(predictions, questions.validation, metric, decoding)
 
     batches = TrainingBatches(training, tokenizer.pad_token_id, arguments, accelerator)
-    best = train(model, ReadingObjective, batches, arguments, accelerator, evaluate, batches, tokenizer, decoding)
+    best = train(model, ReadingObjective, batches, arguments, accelerator, evaluate, tokenizer, decoding)
     finish_run(tokenizer, best, arguments, accelerator, tuned(decoding, best.metrics))
     return best.metrics
 

@@ -143,7 +143,7 @@ def main():
         return evaluate_pretraining(engine, batches, accelerator, unigram)
 
     batches = TrainingBatches(training, tokenizer.pad_token_id, arguments, accelerator)
-    last = train(model, OBJECTIVES[arguments.task], batches, arguments, accelerator, evaluate, batches, tokenizer)
+    last = train(model, OBJECTIVES[arguments.task], batches, arguments, accelerator, evaluate, tokenizer)
     finish_run(tokenizer, last, arguments, accelerator)
     push_run(arguments, accelerator)
     end_processes()

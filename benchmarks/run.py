@@ -33,6 +33,7 @@ import torch
 from measure import Result, Row
 
 from mixlm.errors import USER_ERROR_EXIT_CODE, UserError, exits_on_user_error, one_line
+from mixlm.files import json_text, write_whole
 
 REGISTRY: list[Row] = [*model_rows.ROWS, *engine_rows.ROWS, *data_rows.ROWS]
 RESULTS, README = FOLDER / "results.json", FOLDER / "README.md"
@@ -68,13 +69,6 @@ def read_results(path: Path) -> dict[str, Result]:
         raise UserError(f"{path}: not a list of results ({one_line(error)}); delete it and measure again") from error
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace a file so that it is whole at every moment."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, "utf-8")
-    os.replace(partial, path)
-
-
 def keep(results: dict[str, Result], registry: Sequence[Row], folder: Path = FOLDER) -> None:
     """Write results.json and the table in README.md, in the registry's order; rows it no longer has come last."""
     order = row_names(registry)
@@ -82,13 +76,13 @@ def keep(results: dict[str, Result], registry: Sequence[Row], folder: Path = FOL
         results.values(), key=lambda result: order.index(result.name) if result.name in order else len(order)
     )
     entries = [asdict(result) for result in ordered]
-    write_text(folder / RESULTS.name, json.dumps(entries, ensure_ascii=False, indent=2) + "\n")
+    write_whole(folder / RESULTS.name, json_text(entries))
     readme = (folder / README.name).read_text("utf-8")
     before, begin, rest = readme.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise UserError(f"{folder / README.name}: the table's place is lost; put the lines {BEGIN} and {END} there")
-    write_text(folder / README.name, f"{before}{BEGIN}\n\n{table(ordered, registry)}\n\n{END}{after}")
+    write_whole(folder / README.name, f"{before}{BEGIN}\n\n{table(ordered, registry)}\n\n{END}{after}")
 
 
 def table(results: Sequence[Result], registry: Sequence[Row]) -> str:

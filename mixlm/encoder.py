@@ -8,18 +8,15 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForTextEncoding, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForTextEncoding, PreTrainedModel, PreTrainedTokenizerFast
 
-from .configuration import MixLMConfig, MixLMSwitchConfig
 from .data.batching import evaluation_batches
 from .data.passages import Passage
 from .data.retrieval import EncodedTexts, RetrievalTokenizer
 from .errors import UserError
-from .loading import StoredSettings, hash_of_weights, loading, require_room, require_vocabulary
+from .loading import StoredSettings, hash_of_weights, load_model, own_config, require_room, require_vocabulary
 from .progress import progress_bar
 from .tokenization import load_tokenizer
-
-MODEL_TYPES = (MixLMConfig.model_type, MixLMSwitchConfig.model_type)
 
 
 @dataclass(frozen=True)
@@ -102,14 +99,7 @@ def load_for_retrieval(name_or_path: str, **fields: Any) -> tuple[PreTrainedMode
     Raises:
         UserError: it cannot be loaded, is of another library, or weights of its encoders are missing.
     """
-    with loading(name_or_path):
-        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False, **fields)
-        if config.model_type not in MODEL_TYPES:
-            raise UserError(f"{name_or_path}: is of type {config.model_type}; give one of {' or '.join(MODEL_TYPES)}")
-        model, report = AutoModelForTextEncoding.from_pretrained(
-            name_or_path, config=config, output_loading_info=True, trust_remote_code=False, use_safetensors=True
-        )
-    missing = sorted(report["missing_keys"])
+    model, missing = load_model(AutoModelForTextEncoding, name_or_path, config=own_config(name_or_path, **fields))
     of_contexts = [name for name in missing if name.startswith("context_encoder.")]
     has_none_of_contexts = len(of_contexts) == len(model.encoder.state_dict())
     lacking = [name for name in missing if name.startswith("encoder.")]

@@ -1,17 +1,19 @@
-"""Folders and files that are either whole or absent, whatever happens while they are written."""
+"""Folders and files that are either whole or absent, whatever happens while they are written; and JSON files."""
 
+import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePath
+from typing import Any
 
 from safetensors import SafetensorError
 
 from .errors import UserError, one_line
 
 # Python has half of a surrogate pair for a byte of a name that is not UTF-8; this writes it as JSON's \udcc7.
-NAMES_ESCAPED = "backslashreplace"
+_NAMES_ESCAPED = "backslashreplace"
 
 
 def cache_folder(asked: str | Path | None = None) -> Path:
@@ -72,10 +74,28 @@ def write_whole(file: Path, text: str) -> None:
         OSError: it cannot be written.
     """
     partial = partial_name(file)
-    partial.write_text(text, "utf-8", NAMES_ESCAPED)
+    partial.write_text(text, "utf-8", _NAMES_ESCAPED)
     flush(partial)
     os.replace(partial, file)
     flush(file.parent)
+
+
+def json_text(value: Any) -> str:
+    """As all JSON files here are written: indented, letters as they are, with a line's end."""
+    return json.dumps(value, ensure_ascii=False, indent=2) + "\n"
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Write a JSON file where half of one does no harm, as in a folder that becomes whole later.
+
+    Args:
+        file: what is written or replaced.
+        value: its content. Names of files that are not UTF-8 are escaped in it.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    file.write_text(json_text(value), "utf-8", _NAMES_ESCAPED)
 
 
 def partial_name(folder: Path) -> Path:

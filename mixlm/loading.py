@@ -11,11 +11,14 @@ from typing import Any, ClassVar, Self
 from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import RemoteEntryNotFoundError, StrictDataclassError
 from safetensors import SafetensorError
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
+from .configuration import MixLMConfig, MixLMSwitchConfig
 from .errors import UserError, one_line
-from .files import write_whole
+from .files import json_text, write_whole
+
+MODEL_TYPES = (MixLMConfig.model_type, MixLMSwitchConfig.model_type)
 
 _OWN_CLASSES = (SafetensorError, StrictDataclassError)  # of errors that derive from none of Python's
 
@@ -41,6 +44,41 @@ def loading(name: str) -> Iterator[None]:
         raise UserError(f"{name}: cannot be loaded: {reason}") from error
     finally:
         logging.set_verbosity(verbosity)
+
+
+def load_model(auto_class: Any, name: str, **options: Any) -> tuple[PreTrainedModel, list[str]]:
+    """A model and the names of its new weights. No code of its folder runs, and nothing in it is a pickle.
+
+    Args:
+        auto_class: of transformers, for the head.
+        name: a folder or Hub name.
+        options: of `from_pretrained`.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    with loading(name):
+        model, report = auto_class.from_pretrained(
+            name, output_loading_info=True, trust_remote_code=False, use_safetensors=True, **options
+        )
+    return model, sorted(report["missing_keys"])
+
+
+def own_config(name: str, **fields: Any) -> PretrainedConfig:
+    """The configuration of a model of this package.
+
+    Args:
+        name: a folder or Hub name.
+        fields: to be changed.
+
+    Raises:
+        UserError: it cannot be loaded, or is of another library.
+    """
+    with loading(name):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False, **fields)
+    if config.model_type not in MODEL_TYPES:
+        raise UserError(f"{name}: is of type {config.model_type}; give one of {' or '.join(MODEL_TYPES)}")
+    return config
 
 
 def require_room(model: PreTrainedModel, name: str, **lengths: int) -> None:
@@ -83,7 +121,7 @@ class StoredSettings:
 
     def save(self, folder: Path) -> None:
         """Write it into the folder of a model."""
-        write_whole(folder / self.file_name, json.dumps(asdict(self), indent=2) + "\n")
+        write_whole(folder / self.file_name, json_text(asdict(self)))
 
     @classmethod
     def load(cls, name_or_path: str | Path) -> Self | None:

@@ -25,6 +25,7 @@ from .reader import MixLMReader
 from .retrieval.fusion import normalised
 from .retrieval.hits import Find, Found
 from .retrieval.index import Index
+from .retrieval.search import Search
 from .retrieval.shards import ShardedIndex
 from .retrieval.vectors import difference
 
@@ -108,14 +109,16 @@ class OpenQA:
     """Answers questions from the passages of an index.
 
     Args:
-        index: where passages are found; in several indexes only by `find`.
+        index: where passages are found; in several indexes only by a `search` with the mode "dense".
         reader: reads them.
-        find: finds them, such as a method of `mixlm.retrieval.search.Search`; None is lexical search.
+        search: finds them by vectors, in this index; None is lexical search.
+        mode: of `search`: "dense" or "hybrid".
         top_k: how many passages are read for a question.
         choice: how the answer is chosen; None is what `store` has stored in the index, if that was tuned under what is
             the case now.
 
     Attributes:
+        mode: how passages are found: "lexical", "dense" or "hybrid".
         unused: why what is stored in the index is not used, though no `choice` was given; else None.
     """
 
@@ -123,12 +126,14 @@ class OpenQA:
         self,
         index: Index | ShardedIndex,
         reader: MixLMReader,
-        find: Find | None = None,
+        search: Search | None = None,
+        mode: str = "hybrid",
         top_k: int = 10,
         choice: Choice | None = None,
     ):
         self.index, self.reader, self.top_k = index, reader, top_k
-        self.find = find or index.find
+        self.search, self.mode = search, "lexical" if search is None else mode
+        self.find: Find = index.find if search is None else getattr(search, mode)
         self.unused: str | None = None
         self.choice = choice or self._stored_choice()
 
@@ -209,11 +214,10 @@ class OpenQA:
 
     def _circumstances(self) -> dict[str, Any]:
         """All that the scores of candidates depend on: a choice that is tuned under others says nothing of them."""
-        mode = "lexical" if getattr(self.find, "__self__", None) is self.index else self.find.__name__
         return {
             "passages": len(self.index.passages),  # of several indexes, more than of the one that has the choice
-            "mode": mode,
-            "hybrid_weight": self.index.weight if mode == "hybrid" else None,
+            "mode": self.mode,
+            "hybrid_weight": self.index.weight if self.mode == "hybrid" else None,
             "top_k": self.top_k,
             "reader": hash_of_weights(self.reader.model),
             **asdict(self.reader.decoding),

@@ -26,12 +26,12 @@ from torch.utils.flop_counter import (
     sdpa_flop_count,
     shape_wrapper,
 )
-from transformers import AutoConfig, AutoModel, AutoModelForPreTraining, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, AutoModelForPreTraining, PreTrainedConfig, PreTrainedModel
 
-from .configuration import MixLMConfig, MixLMSwitchConfig, read_config
+from .configuration import read_config
 from .errors import UserError
 from .heads import IGNORE
-from .loading import loading
+from .loading import load_model, own_config
 from .progress import progress_bar
 from .training.optimization import OptimizerSettings
 
@@ -123,20 +123,14 @@ def saved_model(name_or_folder: str, length: int, inference: bool) -> PreTrained
     """A saved model in float32, as `preset_model`; heads that were not saved have random weights.
 
     Raises:
-        UserError: it cannot be loaded, is of another family, or takes fewer than `length` tokens.
+        UserError: it cannot be loaded, is of another library, or takes fewer than `length` tokens.
     """
-    with loading(f"--model {name_or_folder}"):
-        config = AutoConfig.from_pretrained(name_or_folder, trust_remote_code=False)
-        if not isinstance(config, MixLMConfig | MixLMSwitchConfig):
-            known = f"{MixLMConfig.model_type} or {MixLMSwitchConfig.model_type}"
-            raise UserError(f"--model {name_or_folder}: has model_type {config.model_type!r}, expected {known}")
-        longest = config.max_position_embeddings
-        if length > longest:
-            raise UserError(f"--model {name_or_folder}: takes {longest:,} tokens, --shape has {length:,} a row")
-        auto_class = AutoModel if inference else AutoModelForPreTraining
-        return auto_class.from_pretrained(
-            name_or_folder, config=config, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
-        )
+    config = own_config(name_or_folder)
+    longest = config.max_position_embeddings
+    if length > longest:
+        raise UserError(f"--model {name_or_folder}: takes {longest:,} tokens, --shape has {length:,} a row")
+    auto_class = AutoModel if inference else AutoModelForPreTraining
+    return load_model(auto_class, name_or_folder, config=config, dtype=torch.float32)[0]
 
 
 def random_batch(

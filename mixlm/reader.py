@@ -22,7 +22,7 @@ from .data.particles import require_kiwi
 from .data.reading import Reading, ReadingWindows, read_answers
 from .data.squad import ReadingExample
 from .errors import UserError
-from .loading import StoredSettings, loading, require_room, require_vocabulary
+from .loading import StoredSettings, load_model, require_room, require_vocabulary
 from .progress import progress_bar
 from .tokenization import load_tokenizer
 
@@ -127,11 +127,7 @@ def load_for_reading(name_or_path: str) -> tuple[PreTrainedModel, bool]:
         UserError: it cannot be loaded, weights beside the head are missing, or it has no token types, by which the
             question is told from the text.
     """
-    with loading(name_or_path):
-        model, report = AutoModelForQuestionAnswering.from_pretrained(
-            name_or_path, output_loading_info=True, trust_remote_code=False, use_safetensors=True
-        )
-    missing = sorted(report["missing_keys"])
+    model, missing = load_model(AutoModelForQuestionAnswering, name_or_path)
     if other := [name for name in missing if not name.startswith("qa_outputs.")]:
         raise UserError(f"{name_or_path}: lacks {len(other)} weights beside the head, such as {other[0]}")
     if getattr(model.config, "type_vocab_size", 0) < 2:

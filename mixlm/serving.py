@@ -22,7 +22,7 @@ from fastapi.responses import JSONResponse
 from .open_qa import OpenQA
 from .retrieval.fusion import fuse
 from .retrieval.hits import PassageHit
-from .retrieval.search import CANDIDATES, Search
+from .retrieval.search import CANDIDATES
 from .retrieval.shards import ShardedIndex
 
 LONGEST_QUESTION = 1000  # characters
@@ -38,7 +38,6 @@ _FONTS = ("Apple SD Gothic Neo", "Malgun Gothic", "Noto Sans CJK KR", "NanumGoth
 class Labels:
     """What the page says in a language; `{count}` stands for a number."""
 
-    language: str
     title: str
     subtitle: str
     question: str
@@ -61,7 +60,6 @@ class Labels:
 
 
 KOREAN = Labels(
-    language="ko",
     title="글에서 답을 찾아 드립니다",
     subtitle="글 {count:,}편 가운데 질문과 관련된 것을 찾아 읽고, 답이 되는 대목을 짚어 드립니다.",
     question="질문",
@@ -83,7 +81,6 @@ KOREAN = Labels(
     not_text="질문에 글자가 아닌 것이 들어 있습니다.",
 )
 ENGLISH = Labels(
-    language="en",
     title="Answers from your texts",
     subtitle="Finds what is about your question among {count:,} passages, reads it, and points at the answer.",
     question="Question",
@@ -148,11 +145,11 @@ def result_of(answering: OpenQA, question: str) -> dict[str, Any]:
 
 def _rankings(answering: OpenQA, question: str) -> dict[str, list[PassageHit]]:
     """What each search that there is finds for a question."""
-    index, search = answering.index, getattr(answering.find, "__self__", None)  # whose method it is
+    index, search = answering.index, answering.search
     if isinstance(index, ShardedIndex):
         return {"dense": next(search.dense([question], CANDIDATES)).hits}
     lexical = next(index.find([question], CANDIDATES)).hits
-    if not isinstance(search, Search):
+    if search is None:
         return {"lexical": lexical}
     dense = next(search.dense([question], CANDIDATES)).hits
     return {

@@ -89,7 +89,7 @@ def answer_from_a_collection() -> None:
     for found in assert_type(search.hybrid(["언제?"], 10), Iterator[Found]):
         passage = assert_type(index.passages[found.hits[0].row], Passage)
         assert_type(passage.title, str)
-    answering = OpenQA(index, MixLMReader.from_pretrained("reader"), search.hybrid, top_k=5, choice=Choice(weight=2.0))
+    answering = OpenQA(index, MixLMReader.from_pretrained("reader"), search, top_k=5, choice=Choice(weight=2.0))
     assert_type(answering.answer("언제?"), OpenAnswer)
     assert_type(answering.answers(["언제?"]), Iterator[OpenAnswer])
     assert_type(answering.unused, str | None)

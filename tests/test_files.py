@@ -1,5 +1,6 @@
 """Folders are whole or absent."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,7 +8,7 @@ import sys
 import pytest
 
 from mixlm.errors import UserError
-from mixlm.files import new_folder, partial_name, require_free, whole_folder, write_whole
+from mixlm.files import new_folder, partial_name, require_free, whole_folder, write_json, write_whole
 
 
 def contents(folder):
@@ -125,6 +126,13 @@ def test_a_file_has_its_old_or_its_new_content(tmp_path, monkeypatch):
     assert (tmp_path / "file").read_text() == "old"
     write_whole(tmp_path / "file", "new")
     assert contents(tmp_path) == {"file": "new"}
+
+
+def test_json_is_for_people_and_holds_any_name_of_a_file(tmp_path):
+    value = {"한글": ["\udcc7", 1]}
+    write_json(tmp_path / "file", value)
+    assert (tmp_path / "file").read_text("utf-8") == '{\n  "한글": [\n    "\\udcc7",\n    1\n  ]\n}\n'
+    assert json.loads((tmp_path / "file").read_text("utf-8")) == value
 
 
 def test_a_users_folder_is_never_replaced(tmp_path):

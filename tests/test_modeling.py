@@ -8,6 +8,7 @@ from itertools import product
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from kernel_forms import BOTH_FAMILIES
 from oracle import Oracle, in_batch_cross_entropy, mean_cross_entropy, random_batch, small_model
 from safetensors import safe_open
 from torch import nn
@@ -29,7 +30,6 @@ from mixlm import (
 from mixlm.modeling_mixlm import kernel_sizes
 from mixlm.modeling_switch import router_loss
 
-BOTH_FAMILIES = pytest.mark.parametrize("model_class", [MixLMModel, MixLMSwitchModel])
 HEADS = [
     (model_class, fields)
     for family in (

@@ -47,7 +47,8 @@ def answering_with(reader=None, find=None, **options):
     def find_all(questions, top_k):
         return iter([Found([PassageHit(row, 6.0 - 2 * row) for row in range(4)][:top_k]) for _ in questions])
 
-    return OpenQA(SimpleNamespace(passages=PASSAGES, manifest={}), reader or StubReader(), find or find_all, **options)
+    index = SimpleNamespace(passages=PASSAGES, manifest={}, find=find or find_all)
+    return OpenQA(index, reader or StubReader(), **options)
 
 
 @pytest.fixture(scope="module")
@@ -227,11 +228,8 @@ def test_no_threshold_is_better_than_the_one_that_is_chosen(asked, null_score):
     assert all(score < scores[best] for choice, score in scores.items() if choice.weight < best.weight)
 
 
-class SearchOf:
-    """Finds nothing, in the three ways in which an index can be searched."""
-
-    def __init__(self, index):
-        self.finds = {"lexical": index.find, "dense": self.dense, "hybrid": self.hybrid}
+class FindsNothing:
+    """In place of a search by vectors."""
 
     def dense(self, questions, top_k):
         return iter(())
@@ -244,8 +242,8 @@ def test_a_stored_choice_is_of_what_it_was_tuned_under(tmp_path):
     build_index(PASSAGES, tmp_path / "index", BigramAnalyser())
 
     def opened(mode="hybrid", reader=None, **options):
-        index = open_index(tmp_path / "index")
-        return OpenQA(index, reader or StubReader(), SearchOf(index).finds[mode], **options)
+        search = None if mode == "lexical" else FindsNothing()
+        return OpenQA(open_index(tmp_path / "index"), reader or StubReader(), search, mode, **options)
 
     answering = opened(top_k=5)
     assert (answering.choice, answering.unused) == (Choice(), None)  # nothing is stored
@@ -280,9 +278,9 @@ def test_a_stored_choice_is_of_what_it_was_tuned_under(tmp_path):
 def test_several_indexes_have_no_choice_of_one(tmp_path):
     build_index(PASSAGES, tmp_path / "index", BigramAnalyser())
     index = open_index(tmp_path / "index")
-    OpenQA(index, StubReader(), SearchOf(index).dense).store(Choice(8.0), f1=50.0)
+    OpenQA(index, StubReader(), FindsNothing(), "dense").store(Choice(8.0), f1=50.0)
     several = SimpleNamespace(folder=index.folder, manifest=index.manifest, passages=[*index.passages] * 2)
-    answering = OpenQA(several, StubReader(), SearchOf(index).dense)
+    answering = OpenQA(several, StubReader(), FindsNothing(), "dense")
     assert answering.choice == Choice() and "passages is 4 there and 8 now" in answering.unused
 
 

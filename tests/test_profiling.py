@@ -336,10 +336,10 @@ class TestRefused:
 
     def test_a_model_that_is_none_of_ours(self, refused, tmp_path):
         BertConfig().save_pretrained(tmp_path)
-        assert "has model_type 'bert', expected mixlm or mixlm_switch" in refused("--model", tmp_path)
+        assert "is of type bert; give one of mixlm or mixlm_switch" in refused("--model", tmp_path)
 
     def test_a_folder_without_a_model(self, refused, tmp_path):
-        assert f"--model {tmp_path}: cannot be loaded" in refused("--model", tmp_path)
+        assert f"{tmp_path}: cannot be loaded" in refused("--model", tmp_path)
 
     def test_a_configuration_that_is_wrong_or_of_another_model(self, refused, tmp_path):
         config = MixLMConfig.from_preset("mixlm-tiny")
@@ -351,7 +351,7 @@ class TestRefused:
         ):
             (tmp_path / "config.json").write_text(json.dumps({**fields, **changes}), "utf-8")
             line = refused("--model", tmp_path, "--shape", "1x8")
-            assert f"--model {tmp_path}: cannot be loaded" in line and message in line
+            assert f"{tmp_path}: cannot be loaded" in line and message in line
 
     def test_no_cuda(self, refused, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -93,7 +93,7 @@ def test_the_result_is_the_answer_with_the_scores_of_lexical_search(by_terms):
 def test_with_vectors_each_search_has_its_scores(search, mode, weight, monkeypatch):
     monkeypatch.setattr(type(search.index), "weight", weight)
     question = "한글은 언제 만들어졌나?"
-    candidates = result_of(OpenQA(search.index, StubReader(), getattr(search, mode)), question)["candidates"]
+    candidates = result_of(OpenQA(search.index, StubReader(), search, mode), question)["candidates"]
     assert len(candidates) == len(PASSAGES)
     for name, find in (("dense", search.dense), ("hybrid", search.hybrid), ("lexical", search.index.find)):
         found = scores_of(find, question, search.index.passages)
@@ -104,7 +104,7 @@ def test_with_vectors_each_search_has_its_scores(search, mode, weight, monkeypat
 
 def test_several_indexes_have_the_scores_of_vectors_alone(folder, search):
     several = Search(ShardedIndex([search.index]), MixLMEncoder.from_pretrained(str(folder / "retriever"), "cpu"))
-    candidates = result_of(OpenQA(several.index, StubReader(), several.dense), QUESTIONS[0])["candidates"]
+    candidates = result_of(OpenQA(several.index, StubReader(), several, "dense"), QUESTIONS[0])["candidates"]
     scores = scores_of(search.dense, QUESTIONS[0], search.index.passages)
     assert {each["passage"]["id"]: each["dense_score"] for each in candidates} == pytest.approx(scores)
     assert not any("lexical_score" in each or "hybrid_score" in each for each in candidates)
@@ -280,7 +280,7 @@ def test_it_listens_to_this_machine_alone(process):
 def test_many_questions_at_once_get_the_answers_of_single_ones_and_memory_stays(process, folder, search):
     server, address = process
     single = {question: ask_question(address, question) for question in QUESTIONS}
-    answering = OpenQA(search.index, MixLMReader.from_pretrained(folder / "reader", "cpu"), search.hybrid)
+    answering = OpenQA(search.index, MixLMReader.from_pretrained(folder / "reader", "cpu"), search)
     for question, (status, result) in single.items():
         expected = answering.answer(question)
         assert status == 200 and result["answer"] == expected.text
@@ -308,7 +308,7 @@ def test_of_too_many_questions_one_more_is_told_so(search, monkeypatch):
 
     monkeypatch.setattr(serving, "result_of", slow)
     monkeypatch.setattr(serving, "MOST_WAITING", 2)
-    app = build_app(OpenQA(search.index, StubReader({}), search.hybrid), [])
+    app = build_app(OpenQA(search.index, StubReader({}), search), [])
     with running(app) as address, ThreadPoolExecutor(20) as threads:
         asked = [threads.submit(ask_question, address, str(number)) for number in range(20)]
         refused = list(islice(as_completed(asked), 17))  # the others wait

@@ -13,12 +13,13 @@ from ..errors import UserError, one_line
 from .finding import (
     add_index_arguments,
     add_mode_argument,
-    open_find,
+    mode_of,
     open_indexes,
+    open_search,
     require_json_lines,
     require_outside,
-    text_of,
 )
+from .options import require_positive, text_of
 from .tables import table
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def add_answering_arguments(parser: argparse.ArgumentParser) -> None:
 
 def open_answering(arguments: argparse.Namespace) -> "OpenQA":
     """Open the index, the encoder that it needs, and the reader; say where what is tuned for others is not used."""
-    _require_top_k(arguments)
+    require_positive(arguments, "top_k")
     from transformers.utils.logging import disable_progress_bar
 
     from ..open_qa import OpenQA
@@ -89,8 +90,9 @@ def open_answering(arguments: argparse.Namespace) -> "OpenQA":
 
     disable_progress_bar()
     index = open_indexes(arguments)
-    find = open_find(index, arguments)
-    answering = OpenQA(index, MixLMReader.from_pretrained(arguments.reader), find, arguments.top_k)
+    mode = mode_of(index, arguments)
+    search = None if mode == "lexical" else open_search(index, arguments)
+    answering = OpenQA(index, MixLMReader.from_pretrained(arguments.reader), search, mode, arguments.top_k)
     if answering.unused is not None:
         print(f"note: {answering.unused}; to choose anew: mixlm ask --questions FILE --tune", file=sys.stderr)
     return answering
@@ -98,7 +100,7 @@ def open_answering(arguments: argparse.Namespace) -> "OpenQA":
 
 def ask_verb(arguments: argparse.Namespace) -> None:
     """`mixlm ask`."""
-    _require_top_k(arguments)
+    require_positive(arguments, "top_k")
     for name in ("articles", "tune", "out"):
         if getattr(arguments, name) not in (None, False) and arguments.questions is None:
             raise UserError(f"--{name} is of --questions; leave it out")
@@ -114,11 +116,6 @@ def ask_verb(arguments: argparse.Namespace) -> None:
             require_json_lines(arguments.out, "answers")
             require_outside(arguments.out, "questions", arguments.questions)
         _answer_file(arguments)
-
-
-def _require_top_k(arguments: argparse.Namespace) -> None:
-    if arguments.top_k < 1:
-        raise UserError(f"--top_k {arguments.top_k}: must be 1 or more")
 
 
 def _answer_file(arguments: argparse.Namespace) -> None:

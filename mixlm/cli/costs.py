@@ -5,10 +5,12 @@ import re
 from typing import TYPE_CHECKING
 
 from ..errors import UserError, is_out_of_memory
+from .options import require_positive
 from .tables import did_you_mean, table
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from tqdm import tqdm
+    from transformers import PretrainedConfig, PreTrainedModel
 
     from ..planning import Plan
     from ..profiling import MemoryUse, OperatorTime, Profile
@@ -104,9 +106,7 @@ def _add_masked_share(parser: argparse.ArgumentParser) -> None:
 
 def profile_verb(arguments: argparse.Namespace) -> None:
     """`mixlm profile`."""
-    for option in ("threads", "steps", "top"):
-        if getattr(arguments, option) < 1:
-            raise UserError(f"--{option} {getattr(arguments, option)}: must be 1 or more")
+    require_positive(arguments, "threads", "steps", "top")
     shape = re.fullmatch("([1-9][0-9]{0,5})x([1-9][0-9]{0,5})", arguments.shape)
     if shape is None:
         raise UserError(f"--shape {arguments.shape}: give rows x tokens, both from 1 to 999,999, such as 8x128")
@@ -160,35 +160,14 @@ def plan_verb(arguments: argparse.Namespace) -> None:
     _require_masked_share(arguments)
     import torch
 
-    from ..configuration import read_config
-    from ..loading import require_token_types
     from ..planning import Setting, make_plans
-    from ..probing import probe, why_no_probe
     from ..progress import progress_bar
     from ..training.batch_size import MARGIN
-    from ..training.memory import MemoryMeter, parse_memory
 
-    name, length = arguments.preset or arguments.config_file, arguments.max_seq_length
-    if arguments.preset is not None:
-        _require_preset(arguments.preset)
-    try:
-        config = read_config(name, pretraining_objective=arguments.task.lower())
-    except (OSError, ValueError) as error:
-        raise UserError(str(error)) from error
-    if length > config.max_position_embeddings:
-        raise UserError(
-            f"--max_seq_length {length}: above max_position_embeddings={config.max_position_embeddings} of {name}"
-        )
-    if arguments.task == "SOP":
-        require_token_types(config, name)
+    config = _config_to_plan(arguments)
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     ranks = arguments.world_size or (torch.cuda.device_count() if device == "cuda" else 1) or 1
-    if arguments.device_memory is not None:
-        memory = parse_memory("--device_memory", arguments.device_memory)
-    elif device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device_memory is missing: give that of a GPU, such as 80GB, for there is none here")
-    else:
-        memory = MemoryMeter(torch.device(device)).available() // (ranks if device == "cpu" else 1)
+    memory = _memory_of_a_process(arguments.device_memory, device, ranks)
     budget = int((1 - MARGIN) * memory)
 
     precision = "fp16" if arguments.fp16 else "bf16" if arguments.bf16 else "fp32"
@@ -200,23 +179,13 @@ def plan_verb(arguments: argparse.Namespace) -> None:
     ]
     for setting in settings:
         setting.training_arguments(model_name="planned")  # refuses what a training would
-    speeds: list[float | None] = []
-    reasons: list[str] = []
+    name, length = arguments.preset or arguments.config_file, arguments.max_seq_length
     with progress_bar(desc="planning", total=2 * len(settings), leave=False) as progress:
         plans = []
         for plan in make_plans(config, length, settings, arguments.train_batch_size, budget):
             plans.append(plan)
             progress.update()
-        for plan in plans:
-            speed, reason = None, why_no_probe(plan) if arguments.probe_steps else "--probe_steps 0"
-            if reason is None:
-                try:
-                    speed = probe(config, plan, length, arguments.probe_steps)
-                except UserError as error:
-                    reason = f"--zero {plan.setting.zero}: {error}"
-            speeds.append(speed)
-            reasons += [] if reason is None else [reason]
-            progress.update()
+        speeds, reasons = _speeds(config, plans, length, arguments.probe_steps, progress)
 
     print(
         f"{name}: {plans[0].numbers:,} parameters, {arguments.task}, {precision}, "
@@ -242,6 +211,60 @@ def plan_verb(arguments: argparse.Namespace) -> None:
         )
     print(f"--zero {fitting[0].setting.zero} is enough. Give run_pretraining.py, with corpus and tokenizer:")
     print(f"  {_plan_flags(fitting[0], config.model_type, arguments)}")
+
+
+def _config_to_plan(arguments: argparse.Namespace) -> "PretrainedConfig":
+    from ..configuration import read_config
+    from ..loading import require_token_types
+
+    name, length = arguments.preset or arguments.config_file, arguments.max_seq_length
+    if arguments.preset is not None:
+        _require_preset(arguments.preset)
+    try:
+        config = read_config(name, pretraining_objective=arguments.task.lower())
+    except (OSError, ValueError) as error:
+        raise UserError(str(error)) from error
+    if length > config.max_position_embeddings:
+        raise UserError(
+            f"--max_seq_length {length}: above max_position_embeddings={config.max_position_embeddings} of {name}"
+        )
+    if arguments.task == "SOP":
+        require_token_types(config, name)
+    return config
+
+
+def _memory_of_a_process(asked: str | None, device: str, ranks: int) -> int:
+    """Bytes: what --device_memory says, or a process's share of what is free here."""
+    import torch
+
+    from ..training.memory import MemoryMeter, parse_memory
+
+    if asked is not None:
+        return parse_memory("--device_memory", asked)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device_memory is missing: give that of a GPU, such as 80GB, for there is none here")
+    return MemoryMeter(torch.device(device)).available() // (ranks if device == "cpu" else 1)
+
+
+def _speeds(
+    config: "PretrainedConfig", plans: "list[Plan]", length: int, steps: int, progress: "tqdm"
+) -> tuple[list[float | None], list[str]]:
+    """Tokens a second of each plan, measured in so many steps, and why some have none; `progress` moves by plans."""
+    from ..probing import probe, why_no_probe
+
+    speeds: list[float | None] = []
+    reasons: list[str] = []
+    for plan in plans:
+        speed, reason = None, why_no_probe(plan) if steps else "--probe_steps 0"
+        if reason is None:
+            try:
+                speed = probe(config, plan, length, steps)
+            except UserError as error:
+                reason = f"--zero {plan.setting.zero}: {error}"
+        speeds.append(speed)
+        reasons += [] if reason is None else [reason]
+        progress.update()
+    return speeds, reasons
 
 
 def _require_masked_share(arguments: argparse.Namespace) -> None:

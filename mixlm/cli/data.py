@@ -71,13 +71,13 @@ def stats_verb(arguments: argparse.Namespace) -> None:
 
 
 def _documents(arguments: argparse.Namespace) -> "Iterator[Document]":
-    from ..data.corpus import documents_of_dataset, load_text_dataset, read_documents
+    from ..data.corpus import read_dataset_documents, read_documents
 
     if arguments.corpus_path is not None:
         return read_documents(arguments.corpus_path)
-    name, column = arguments.dataset_name, arguments.text_column
-    rows = load_text_dataset(name, column, arguments.dataset_config_name, arguments.streaming)
-    return documents_of_dataset(rows, name, column)
+    return read_dataset_documents(
+        arguments.dataset_name, arguments.text_column, arguments.dataset_config_name, arguments.streaming
+    )
 
 
 def _size_rows(statistics: "CorpusStatistics", tokenizer: str | None) -> list[tuple[str, str, str]]:

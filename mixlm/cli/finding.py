@@ -133,12 +133,3 @@ def require_outside(out: Path, name: str, questions: Path) -> None:
     """Raise UserError where --out is the file, or lies in the folder, that is given as --NAME."""
     if questions.resolve() in (out.resolve(), *out.resolve().parents):
         raise UserError(f"--out {out}: is what --{name} reads, or lies in it; use another name")
-
-
-def text_of(name: str, text: str) -> str:
-    """A text from the command line, where what is not UTF-8 arrives as halves of surrogate pairs."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{name}: character {error.start} is no text; write it in UTF-8") from error
-    return text

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from ..errors import UserError
+from .options import require_positive
 
 
 def add_index_parser(subparsers) -> None:
@@ -79,9 +80,7 @@ def add_window_argument(parser: argparse.ArgumentParser) -> None:
 
 def encode_verb(arguments: argparse.Namespace) -> None:
     """`mixlm encode`."""
-    for name in ("batch_size", "processes"):
-        if getattr(arguments, name) < 1:
-            raise UserError(f"--{name} {getattr(arguments, name)}: must be 1 or more")
+    require_positive(arguments, "batch_size", "processes")
     from transformers.utils.logging import disable_progress_bar
 
     from ..data.passages import read_passages

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..errors import UserError, one_line
 from ..files import require_free
-from .finding import text_of
+from .options import require_positive, text_of
 from .tables import table
 
 
@@ -75,15 +75,14 @@ def add_convert_parser(subparsers) -> None:
 
 def fill_mask_verb(arguments: argparse.Namespace) -> None:
     """`mixlm fill-mask`."""
-    if arguments.top < 1:
-        raise UserError(f"--top {arguments.top}: must be 1 or more")
+    require_positive(arguments, "top")
     text = text_of("the text", arguments.text)
     from transformers import AutoModelForMaskedLM, pipeline
     from transformers.utils.logging import disable_progress_bar
 
     import mixlm  # noqa: F401  registers the model families
 
-    from ..loading import loading
+    from ..loading import load_model
     from ..tokenization import load_tokenizer
 
     disable_progress_bar()
@@ -91,11 +90,8 @@ def fill_mask_verb(arguments: argparse.Namespace) -> None:
     masks = text.count(tokenizer.mask_token)
     if not masks:
         raise UserError(f"no {tokenizer.mask_token} in {text!r}; put it where a word is to be found")
-    with loading(f"--model {arguments.model}"):
-        model, report = AutoModelForMaskedLM.from_pretrained(
-            arguments.model, output_loading_info=True, trust_remote_code=False, use_safetensors=True
-        )
-    if missing := sorted(report["missing_keys"]):
+    model, missing = load_model(AutoModelForMaskedLM, arguments.model)
+    if missing:
         raise UserError(
             f"--model {arguments.model}: lacks {len(missing)} weights that fill masks, such as {missing[0]}; use a "
             "model that was trained with masked tokens"
@@ -117,8 +113,7 @@ def read_verb(arguments: argparse.Namespace) -> None:
     """`mixlm read`."""
     if (arguments.question is None) != (arguments.file is not None):
         raise UserError("give --question with --context or --context_file, or --file alone")
-    if arguments.batch_size < 1:
-        raise UserError(f"--batch_size {arguments.batch_size}: must be 1 or more")
+    require_positive(arguments, "batch_size")
     questions = _questions_to_read(arguments)
     from transformers.utils.logging import disable_progress_bar
 

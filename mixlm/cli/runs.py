@@ -60,9 +60,10 @@ def add_verify_engines_parser(subparsers) -> None:
 def report_runs_verb(arguments: argparse.Namespace) -> None:
     """`mixlm report`."""
     from ..evaluation.reading_report import QUESTIONS_FILE, load_judged
+    from ..training.card import CURVES_FILE, READING_FILE
     from ..training.report import last_values, plot_curves, plot_reading, read_curves
 
-    out = arguments.out or arguments.runs[0] / "curves.png"
+    out = arguments.out or arguments.runs[0] / CURVES_FILE
     if out.suffix.lower() != ".png":
         raise UserError(f"--out {out}: name a file that ends in .png")
     folders = [folder for given in arguments.runs for folder in _runs_of(given)]
@@ -82,17 +83,20 @@ def report_runs_verb(arguments: argparse.Namespace) -> None:
         if name in curves:
             print(table([(tag, significant(last), f"step {step:,}") for tag, step, last in last_values(curves[name])]))
         if name in judged:
-            plot_reading(name, judged[name], folder / "reading.png")
+            plot_reading(name, judged[name], folder / READING_FILE)
             print("\n" + "\n\n".join(map(table, _reading_tables(judged[name]))))
-            print(f"reading: {folder / 'reading.png'}")
+            print(f"reading: {folder / READING_FILE}")
     if curves:
         print(f"curves: {out}")
 
 
 def _runs_of(folder: Path) -> list[Path]:
     """The folder itself, or those of its seeds, in their order, where it holds no run but them."""
+    from ..training.record import RESULTS_FILE
+    from ..training.run import CHECKPOINTS
+
     seeds = [path for path in folder.glob("seed-*") if path.is_dir()]
-    if not seeds or (folder / "checkpoints").exists() or (folder / "eval_results.json").exists():
+    if not seeds or (folder / CHECKPOINTS).exists() or (folder / RESULTS_FILE).exists():
         return [folder]
     return sorted(seeds, key=lambda path: (len(path.name), path.name))
 

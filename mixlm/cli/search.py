@@ -17,9 +17,9 @@ from .finding import (
     open_search,
     require_file,
     require_outside,
-    text_of,
 )
 from .index import add_window_argument
+from .options import require_positive, text_of
 from .tables import table
 
 if TYPE_CHECKING:
@@ -128,8 +128,7 @@ def add_evaluate_parser(subparsers) -> None:
 def search_verb(arguments: argparse.Namespace) -> None:
     """`mixlm search`."""
     out = arguments.out
-    if arguments.top_k < 1:
-        raise UserError(f"--top_k {arguments.top_k}: must be 1 or more")
+    require_positive(arguments, "top_k")
     if (arguments.queries is None) != (out is None):
         raise UserError("--queries and --out belong together; give --query alone to see its hits")
     if arguments.json and out is not None:

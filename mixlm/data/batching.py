@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import UserError
+from ..heads import IGNORE
 
 FEISTEL_ROUNDS = 6
 
@@ -101,7 +102,6 @@ class LengthBucketedBatches:
         micro_batches: parts in which a rank works through its share of a batch.
         window_steps: steps in a window, about.
         max_steps_per_epoch: end an epoch after this many steps.
-        shuffle: False keeps the rows in windows of their given order, and the batches in order of length.
 
     Raises:
         UserError: there are fewer rows than a step needs, or than `max_steps_per_epoch` steps need.
@@ -119,7 +119,6 @@ class LengthBucketedBatches:
         micro_batches: int = 1,
         window_steps: int = 64,
         max_steps_per_epoch: int | None = None,
-        shuffle: bool = True,
     ):
         if (rows_per_step is None) == (tokens_per_step is None):
             raise ValueError("give exactly one of rows_per_step and tokens_per_step")
@@ -131,7 +130,6 @@ class LengthBucketedBatches:
         self.rank = rank
         self.micro_batches = micro_batches
         self.max_steps_per_epoch = max_steps_per_epoch
-        self.shuffle = shuffle
 
         self.parts = parts = ranks * micro_batches
 
@@ -217,8 +215,7 @@ class LengthBucketedBatches:
         """The global batches of a window, each an array of row indices from the longest row to the shortest."""
         first = window * self.window_rows
         rows = np.arange(first, min(first + self.window_rows, self.rows_per_epoch))
-        if self.shuffle:
-            rows = Permutation(len(self.lengths), (self.seed, epoch))(rows)
+        rows = Permutation(len(self.lengths), (self.seed, epoch))(rows)
         lengths = np.asarray(self.lengths[rows])
         order = np.argsort(-lengths.astype(np.int64), kind="stable")
         rows, lengths = rows[order], lengths[order]
@@ -231,10 +228,8 @@ class LengthBucketedBatches:
                 size = max(self.parts, self.tokens_per_step // max(1, int(lengths[0])))
                 batches.append(rows[:size])
                 rows, lengths = rows[size:], lengths[size:]
-        if self.shuffle:
-            order = np.random.default_rng((self.seed, epoch, window)).permutation(len(batches))
-            batches = [batches[index] for index in order]
-        return batches
+        order = np.random.default_rng((self.seed, epoch, window)).permutation(len(batches))
+        return [batches[index] for index in order]
 
     def _deal(self, epoch: int, batch: np.ndarray) -> list[list[Key]]:
         """This rank's rows of a sorted global batch.
@@ -271,7 +266,7 @@ def collate(examples: Sequence[dict[str, np.ndarray | int | list]], pad_token_id
             batch[field] = torch.tensor(values, dtype=torch.int64)
             continue
         is_input = field.endswith("input_ids")
-        fill = pad_token_id if is_input else 0 if field.endswith("token_type_ids") else -100
+        fill = pad_token_id if is_input else 0 if field.endswith("token_type_ids") else IGNORE
         shape = (len(values), max(map(len, values)))
         padded = np.full(shape, fill, dtype=np.int64)
         for row, value in enumerate(values):

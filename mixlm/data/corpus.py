@@ -84,8 +84,13 @@ def read_documents(path: str | Path) -> Iterator[Document]:
         yield from _read_file(file)
 
 
-def read_dataset_documents(dataset: "str | Path | AnyDataset", text_column: str = "text") -> Iterator[Document]:
-    """Stream a dataset's rows as documents (see `load_text_dataset` for what `dataset` can be).
+def read_dataset_documents(
+    dataset: "str | Path | AnyDataset",
+    text_column: str = "text",
+    config_name: str | None = None,
+    streaming: bool = False,
+) -> Iterator[Document]:
+    """Stream a dataset's rows as documents (see `load_text_dataset` for the arguments).
 
     A text is split into sentences at its line breaks or, where it has none, after sentence-final punctuation that is
     followed by a space. Rows without text are passed over.
@@ -93,7 +98,8 @@ def read_dataset_documents(dataset: "str | Path | AnyDataset", text_column: str 
     Raises:
         UserError: as `load_text_dataset` and `documents_of_dataset`.
     """
-    yield from documents_of_dataset(load_text_dataset(dataset, text_column), dataset_name(dataset), text_column)
+    rows = load_text_dataset(dataset, text_column, config_name, streaming)
+    return documents_of_dataset(rows, dataset_name(dataset), text_column)
 
 
 def load_text_dataset(

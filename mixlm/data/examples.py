@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from .masking import IGNORED_LABEL, TokenMasker
+from ..heads import IGNORE
+from .masking import TokenMasker
 from .store import TokenizedCorpus
 
 ORIGINAL_ORDER, SWAPPED_ORDER = 0, 1
@@ -98,7 +99,7 @@ class SentenceOrderExamples(_BlockExamples):
         sentences = self._sentences(index)
         if len(sentences) == 1:
             segments = [sentences]
-            order = IGNORED_LABEL
+            order = IGNORE
         else:
             border = int(random.integers(1, len(sentences)))
             segments = [sentences[:border], sentences[border:]]
@@ -149,7 +150,6 @@ class InverseClozeExamples(_BlockExamples):
     ):
         has_context = blocks[:, 2] - blocks[:, 1] > 1
         super().__init__(corpus, blocks[has_context], masker, cls_token_id, sep_token_id, max_seq_length, seed)
-        self.skipped_blocks = len(blocks) - len(self.blocks)
         self.remove_query_probability = remove_query_probability
 
     @property

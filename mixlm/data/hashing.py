@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,7 +10,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from ..errors import UserError, file_error
-from ..files import NAMES_ESCAPED
+from ..files import json_text, write_whole
 from ..progress import progress_bar
 
 # A file that was written a moment ago can be written again without a change of its time: its hash is not remembered.
@@ -98,6 +97,4 @@ def _remember(memory: Path, stamps: Stamps, hashes: dict[str, str]) -> None:
     for file, (size, mtime_ns) in stamps.items():
         if now - mtime_ns > SETTLED_AFTER_NS:
             entries[file] = {"size": size, "mtime_ns": mtime_ns, "blake2b": hashes[file]}
-    partial = memory.with_suffix(".partial")
-    partial.write_text(json.dumps(entries, ensure_ascii=False, indent=2), "utf-8", NAMES_ESCAPED)
-    os.replace(partial, memory)
+    write_whole(memory, json_text(entries))

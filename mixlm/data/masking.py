@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import UserError
-
-IGNORED_LABEL = -100
+from ..heads import IGNORE
 
 DEFAULT_PROBABILITY = 0.15
 # Where every span is above the share, as in a row that is one word, only one of up to so many tokens is chosen (at the
@@ -128,7 +127,7 @@ class TokenMasker:
             elsewhere.
         """
         masked = ids.astype(np.int64)
-        labels = np.full(len(ids), IGNORED_LABEL, dtype=np.int64)
+        labels = np.full(len(ids), IGNORE, dtype=np.int64)
         chosen = np.flatnonzero(self._choose(masked, random))
         originals = labels[chosen] = masked[chosen]
 

@@ -34,7 +34,6 @@ class Window:
     Attributes:
         number: of the window in its dataset.
         context_position: where in the input the context begins, in tokens.
-        first_token: the token of the context that stands there.
         offsets: first character and last, exclusive, of each token of this part of the context, [tokens, 2].
         has_max_context: whether no other window shows the token with more text on both sides, bool [tokens]. Every
             token of a context has it in exactly one window.
@@ -42,7 +41,6 @@ class Window:
 
     number: int
     context_position: int
-    first_token: int
     offsets: np.ndarray
     has_max_context: np.ndarray
 
@@ -205,7 +203,6 @@ class ReadingWindows(Dataset):
             Window(
                 number=number,
                 context_position=len(self._questions[example]) + 2,
-                first_token=int(first),
                 offsets=offsets[first:last],
                 has_max_context=best_window[first:last] == place,
             )

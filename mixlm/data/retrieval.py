@@ -29,13 +29,11 @@ class RetrievalQuestion:
     """A question and the passages it is trained with, by their numbers.
 
     Attributes:
-        id: of the question.
         text: what is asked.
         passage: the passage that answers it, or `EMPTY_PASSAGE`.
         hard_negatives: passages that are like it and do not answer it.
     """
 
-    id: str
     text: str
     passage: int
     hard_negatives: tuple[int, ...] = ()
@@ -240,7 +238,7 @@ def retrieval_questions(
         others = dict.fromkeys((titles.get(text, title), text) for title, text in given if text != example.context)
         negatives = [number_of(*each) for each in list(others)[:most_negatives]]
         passage, like_it = (EMPTY_PASSAGE, (own,)) if example.is_impossible else (own, ())
-        questions.append(RetrievalQuestion(example.id, example.question, passage, (*like_it, *negatives)))
+        questions.append(RetrievalQuestion(example.question, passage, (*like_it, *negatives)))
     return questions
 
 

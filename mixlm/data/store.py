@@ -29,7 +29,7 @@ from filelock import FileLock, Timeout
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import UserError
-from ..files import NAMES_ESCAPED, cache_folder, names_of_remnants, whole_folder
+from ..files import cache_folder, names_of_remnants, whole_folder, write_json
 from .batching import scramble
 from .blocks import SENTENCES_PER_PASS, load_blocks, write_blocks
 from .columns import ArrowColumn
@@ -83,11 +83,6 @@ class TokenizedCorpus:
 
     def __reduce__(self):
         return TokenizedCorpus, (self.folder,)
-
-    def sentence_lengths(self, document: int) -> np.ndarray:
-        """Tokens of each sentence of a document, int64 [sentences]."""
-        first, last = self.document_offsets.read(document, document + 2).tolist()
-        return np.diff(self.sentence_offsets.read(first, last + 1))
 
     def sentences(self, document: int, first: int, last: int) -> list[np.ndarray]:
         """Token ids of sentences `first` to `last`, exclusive, of a document: one read-only array each."""
@@ -264,8 +259,7 @@ def _write_manifest(folder: Path, entries: dict) -> None:
         "libraries": {name: version(name) for name in ("tokenizers", "transformers", "pyarrow", "numpy")},
         "file_sizes": {file.name: file.stat().st_size for file in sorted(folder.iterdir())},
     }
-    text = json.dumps(manifest, ensure_ascii=False, indent=2)
-    (folder / "manifest.json").write_text(text, "utf-8", NAMES_ESCAPED)
+    write_json(folder / "manifest.json", manifest)
 
 
 def _open_whole(folder: Path) -> TokenizedCorpus | None:

@@ -57,25 +57,23 @@ def read_run(file: Path) -> dict[str, list[tuple[str, float]]]:
     return {query: list(found.items()) for query, found in hits.items()}
 
 
-def write_run(file: Path, hits: Hits, tag: str = "mixlm") -> None:
+def write_run(file: Path, hits: Hits) -> None:
     """Write hits as a TREC run, the best of each query first; `read_run` gives back the same ids and scores.
 
     Args:
         file: to be written or replaced, once it is whole.
         hits: passages with their scores, by query id; queries without any leave no trace.
-        tag: the name of the system.
 
     Raises:
-        UserError: an id or the tag is empty or has a blank in it, a score is not a number, or the file cannot be
-            written.
+        UserError: an id is empty or has a blank in it, a score is not a number, or the file cannot be written.
     """
-    require_words([*hits, tag])
+    require_words(hits)
     lines = []
     for query, found in hits.items():
         scores = dict(found)
         require_words(scores)
         for rank, passage in enumerate(ranking(found), start=1):
-            lines.append(f"{query} Q0 {passage} {rank} {float(scores[passage])!r} {tag}\n")
+            lines.append(f"{query} Q0 {passage} {rank} {float(scores[passage])!r} mixlm\n")
     write_text(file, lines)
 
 

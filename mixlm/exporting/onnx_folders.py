@@ -1,12 +1,11 @@
 """Folders with a model as ONNX, and all else that is needed to use it."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 import mixlm
 
@@ -14,10 +13,10 @@ from ..data.packages import required
 from ..data.passages import Passage
 from ..data.retrieval import PassageNumbers
 from ..data.squad import ReadingExample, read_squad
-from ..encoder import MODEL_TYPES, MixLMEncoder
+from ..encoder import MixLMEncoder
 from ..errors import UserError
-from ..files import new_folder
-from ..loading import StoredSettings, loading
+from ..files import new_folder, write_json
+from ..loading import StoredSettings, own_config
 from ..reader import MixLMReader
 from ..tokenization import load_tokenizer
 from .graphs import (
@@ -73,7 +72,7 @@ def export_onnx(
         config = {
             key: value for key, value in model.config.to_dict().items() if key != "auto_map"
         }  # no code goes along
-        _write(folder / "config.json", config)
+        write_json(folder / "config.json", config)
         for graph in graphs:
             write_graph(model, graph, folder / f"{graph.name}{FLOAT_SUFFIX}")
             if int8:
@@ -89,16 +88,12 @@ def export_onnx(
             size = sum((folder / f"{graph.name}{suffix}").stat().st_size for graph in graphs)
             exported = GraphModel({graph.name: folder / f"{graph.name}{suffix}" for graph in graphs}, threads)
             report[suffix] = {"megabytes": size / 1e6, **compare(exported)}
-        _write(folder / REPORT, report)
+        write_json(folder / REPORT, report)
     return report
 
 
 def _is_reader(name: str) -> bool:
-    with loading(name):
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    if config.model_type not in MODEL_TYPES:
-        raise UserError(f"{name}: is of type {config.model_type}; give one of {' or '.join(MODEL_TYPES)}")
-    return any(architecture.endswith("ForQuestionAnswering") for architecture in config.architectures or [])
+    return any(architecture.endswith("ForQuestionAnswering") for architecture in own_config(name).architectures or [])
 
 
 def _reader(name: str, examples: list[ReadingExample]) -> tuple[PreTrainedModel, StoredSettings, list[Graph], Compare]:
@@ -132,7 +127,3 @@ def _passages(examples: list[ReadingExample]) -> list[Passage]:
     for example in examples:
         number_of(example.title, example.context)
     return number_of.passages
-
-
-def _write(file: Path, content: object) -> None:
-    file.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", "utf-8")

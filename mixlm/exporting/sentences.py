@@ -1,11 +1,10 @@
 """A model for retrieval as a folder that sentence-transformers loads."""
 
-import json
 import shutil
 from pathlib import Path
 
 from ..encoder import MixLMEncoder
-from ..files import new_folder
+from ..files import new_folder, write_json
 from ..tokenization import load_tokenizer, save_tokenizer
 
 MODULE_FILE = Path(__file__).with_name("sentence_encoder.py")
@@ -35,16 +34,12 @@ def export_sentence_transformers(name_or_path: str | Path, out: Path) -> MixLMEn
         encoder.encoding.save(folder)
         shutil.copyfile(MODULE_FILE, folder / MODULE_FILE.name)
         module = {"idx": 0, "name": "0", "path": "", "type": f"{MODULE_FILE.stem}.{MODULE_CLASS}"}
-        _write(folder / "modules.json", [module])
+        write_json(folder / "modules.json", [module])
         settings = {
             "model_type": "SentenceTransformer",
             "similarity_fn_name": "dot",  # of vectors of length 1, that is the cosine
             "prompts": {"query": "", "document": ""},
             "requirements": {"sentence-transformers": ">=6"},
         }
-        _write(folder / "config_sentence_transformers.json", settings)
+        write_json(folder / "config_sentence_transformers.json", settings)
     return encoder
-
-
-def _write(file: Path, content: object) -> None:
-    file.write_text(json.dumps(content, indent=2) + "\n", "utf-8")

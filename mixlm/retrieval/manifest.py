@@ -7,7 +7,7 @@ from typing import Any
 
 from ..data.hashing import hash_json
 from ..errors import UserError
-from ..files import write_whole
+from ..files import json_text, write_whole
 
 _HASH = "blake2b"
 
@@ -22,8 +22,7 @@ def write_manifest(file: Path, manifest: Mapping[str, Any]) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    text = json.dumps({**manifest, _HASH: hash_json(manifest)}, ensure_ascii=False, indent=2)
-    write_whole(file, text + "\n")
+    write_whole(file, json_text({**manifest, _HASH: hash_json(manifest)}))
 
 
 def read_manifest(file: Path, wanted_format: int, again: str) -> dict[str, Any]:

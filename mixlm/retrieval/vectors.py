@@ -38,7 +38,7 @@ from ..data.hashing import hash_file, hash_json
 from ..data.passages import Passage
 from ..encoder import MixLMEncoder
 from ..errors import UserError, file_error, is_out_of_memory, one_line
-from ..files import names_of_remnants, require_inside, whole_folder
+from ..files import names_of_remnants, require_inside, whole_folder, write_json
 from ..progress import hide_progress_bars, progress_bar
 from .manifest import read_manifest, write_manifest
 from .passages import StoredPassages, write_passages
@@ -253,7 +253,7 @@ class _DueShard:
             np.save(partial / _HASHES, self.hashes)
             write_passages(partial / _PASSAGES, self.passages)
             record = {"passages": len(self.passages), "files": _file_hashes(partial)}
-            (partial / _SHARD).write_text(json.dumps(record, indent=2), "utf-8")
+            write_json(partial / _SHARD, record)
         progress.update(len(self.passages))
 
 

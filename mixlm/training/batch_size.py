@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import platform
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from ..errors import UserError
-from ..files import cache_folder
+from ..files import cache_folder, json_text, write_whole
 from .memory import MemoryMeter, parse_memory
 from .sharding import number_of_ranks, this_rank
 
@@ -176,14 +175,9 @@ class RememberedSizes:
     def put(self, fingerprint: str, size: int) -> None:
         """Remember; without harm where the file cannot be written."""
         self.sizes[fingerprint] = size
-        partial = self.path.with_suffix(".partial")
-        try:
+        with suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(json.dumps(self.sizes, indent=2) + "\n", "utf-8")
-            os.replace(partial, self.path)
-        except OSError:
-            with suppress(OSError):
-                partial.unlink()
+            write_whole(self.path, json_text(self.sizes))
 
 
 def _fingerprint(settings: dict[str, Any], meter: MemoryMeter) -> str:

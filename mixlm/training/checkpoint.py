@@ -31,7 +31,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.batching import Position
 from ..errors import UserError, file_error
-from ..files import NAMES_ESCAPED, names_of_remnants, require_inside, whole_folder
+from ..files import names_of_remnants, require_inside, whole_folder, write_json
 from ..loading import StoredSettings
 from ..tokenization import save_tokenizer
 
@@ -118,8 +118,7 @@ def save_checkpoint(
             "files": {path.relative_to(partial).as_posix(): _hash(path) for path in files},
         }
         contents["hash"] = _hash_of_state(contents)
-        text = json.dumps(contents, indent=2, ensure_ascii=False) + "\n"
-        (partial / STATE_FILE).write_text(text, "utf-8", NAMES_ESCAPED)
+        write_json(partial / STATE_FILE, contents)
 
 
 def verify(folder: Path) -> None:

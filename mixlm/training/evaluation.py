@@ -44,8 +44,8 @@ def evaluate_pretraining(
         ict_recall@1: how often a query's own context scores highest among the contexts of all held-out examples.
     """
     unigram = unigram.to(accelerator.device)
-    sums = torch.zeros(6, dtype=torch.float64)  # loss, unigram loss, correct, tokens, sentence orders correct, of
-    examples = 0
+    names = ("loss", "unigram_loss", "correct", "tokens", "orders_correct", "orders", "examples")
+    sums = {name: torch.zeros((), dtype=torch.float64, device=accelerator.device) for name in names}
     queries, contexts = [], []
     for batch, counts in progress_bar(batches, desc="evaluating", leave=False):
         batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
@@ -54,28 +54,29 @@ def evaluate_pretraining(
             continue
         labels = [batch[name][batch[name] != IGNORE] for name in ("labels", "context_labels") if name in batch]
         targets = torch.cat(labels)
-        correct = (outputs.prediction_logits.argmax(dim=-1) == targets).sum()
-        sums[:3] += torch.stack([outputs.mlm_loss * len(targets), -unigram[targets].sum(), correct]).cpu()
-        sums[3] += len(targets)
-        examples += len(batch["input_ids"])
+        sums["loss"] += outputs.mlm_loss * len(targets)
+        sums["unigram_loss"] -= unigram[targets].sum()
+        sums["correct"] += (outputs.prediction_logits.argmax(dim=-1) == targets).sum()
+        sums["tokens"] += len(targets)
+        sums["examples"] += len(batch["input_ids"])
         if outputs.sop_logits is not None:
             order = batch["sentence_order_label"]
-            sums[4] += (outputs.sop_logits.argmax(dim=-1) == order)[order != IGNORE].sum().cpu()
-            sums[5] += (order != IGNORE).sum().cpu()
+            is_scored = order != IGNORE
+            sums["orders_correct"] += (outputs.sop_logits.argmax(dim=-1) == order)[is_scored].sum()
+            sums["orders"] += is_scored.sum()
         else:
             queries.append(outputs.embeddings)
             contexts.append(outputs.context_embeddings)
 
-    totals = accelerator.reduce(
-        torch.cat([sums, torch.tensor([examples])]).float().to(accelerator.device), "sum"
-    ).tolist()
-    loss, unigram_loss, correct, tokens, orders_correct, orders, examples = totals
+    totals = accelerator.reduce(torch.stack(list(sums.values())).float(), "sum").tolist()
+    total = dict(zip(names, totals, strict=True))
+    tokens = max(total["tokens"], 1)
     metrics = {
-        "mlm_loss": loss / max(tokens, 1),
-        "mlm_accuracy": correct / max(tokens, 1),
-        "perplexity": math.exp(min(loss / max(tokens, 1), 700)),
-        "unigram_loss": unigram_loss / max(tokens, 1),
-        "examples": examples,
+        "mlm_loss": total["loss"] / tokens,
+        "mlm_accuracy": total["correct"] / tokens,
+        "perplexity": math.exp(min(total["loss"] / tokens, 700)),
+        "unigram_loss": total["unigram_loss"] / tokens,
+        "examples": total["examples"],
     }
     config = engine.config
     if config.pretraining_objective == "ict":
@@ -83,7 +84,7 @@ def evaluate_pretraining(
         all_queries, _ = gather_rows(accelerator, torch.cat([none, *queries]).float())
         all_contexts, _ = gather_rows(accelerator, torch.cat([none, *contexts]).float())
         return {**metrics, "ict_recall@1": recall_at_1(all_queries, all_contexts)}
-    return {**metrics, "sop_accuracy": orders_correct / max(orders, 1)}
+    return {**metrics, "sop_accuracy": total["orders_correct"] / max(total["orders"], 1)}
 
 
 def recall_at_1(queries: Tensor, contexts: Tensor) -> float:

@@ -24,6 +24,7 @@ from ..data.squad import (
     split_by_article,
 )
 from ..errors import UserError
+from ..files import write_json
 from .arguments import TrainingArguments, dataset_source, with_default
 from .run import SKIPPED_FILE, on_main_process
 
@@ -281,7 +282,7 @@ def run_seeds(run: Callable[[Any], dict[str, float]], arguments: FineTuningArgum
             mean, deviation = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
             summary[name] = {"mean": mean, "deviation": deviation, "values": values}
             print(f"  {name:>29}  {mean:,.2f} ± {deviation:.2f}")
-        (arguments.run_folder / "seeds.json").write_text(json.dumps(summary, indent=2) + "\n", "utf-8")
+        write_json(arguments.run_folder / "seeds.json", summary)
 
     on_main_process(Accelerator(cpu=not torch.cuda.is_available()), summarize)
 

@@ -89,7 +89,6 @@ def train(
     arguments: TrainingArguments,
     accelerator: Accelerator,
     evaluate: Callable[[Engine], dict[str, float]],
-    trial_batches: TrainingBatches | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     settings: StoredSettings | None = None,
 ) -> Evaluation:
@@ -100,12 +99,11 @@ def train(
             last checkpoint.
         objective_class: what a step minimises.
         batches: from a position in the data, the micro-batches of this rank step by step, each with the position
-            after the step.
+            after the step. With `TrainingBatches` a batch size can be found, and changed data is noticed.
         arguments: see `TrainingArguments`. A batch size that is to be found is set here, before `batches` is called.
         accelerator: from `prepare_run`.
         evaluate: called with the engine, which is to be called as the model, every `eval_steps` and at the end;
             returns metrics by name.
-        trial_batches: of the same data; needed to find a batch size, and to notice that the data has changed.
         tokenizer, settings: written into each checkpoint beside the model, so that it can be used from there.
 
     Returns:
@@ -116,7 +114,7 @@ def train(
             does not fit.
         RunStopped: a signal came or `max_minutes` are over; a checkpoint was saved.
     """
-    run = _Run(model, objective_class, arguments, accelerator, evaluate, trial_batches, tokenizer, settings)
+    run = _Run(model, objective_class, batches, arguments, accelerator, evaluate, tokenizer, settings)
     steps = batches(run.state.position) if run.state.step < arguments.num_steps else ()
     run.begin()  # only now, when nothing can be wrong with the new run
     # Closed even after an error, so that its message gets a line of its own.
@@ -154,10 +152,10 @@ class _Run:
         self,
         model: nn.Module,
         objective_class: type[Objective],
+        batches: Callable[[Position], Iterator[tuple[Position, list[Batch]]]],
         arguments: TrainingArguments,
         accelerator: Accelerator,
         evaluate: Callable[[Engine], dict[str, float]],
-        trial_batches: TrainingBatches | None,
         tokenizer: PreTrainedTokenizerBase | None,
         settings: StoredSettings | None,
     ):
@@ -180,8 +178,8 @@ class _Run:
         self.objective = objective_class(accelerator, self.engine)
         self.engine.train()
         if arguments.train_batch_size == 0:
-            self._find_batch_size(trial_batches, earlier_arguments)
-        data = None if trial_batches is None else trial_batches.fingerprint()
+            self._find_batch_size(batches, earlier_arguments)
+        data = batches.fingerprint() if isinstance(batches, TrainingBatches) else None
         self.resolved = {**arguments.to_dict(), "processes": accelerator.num_processes, "data": data}
 
         self.changed = changed_arguments(earlier_arguments, self.resolved) if checkpoint is not None else {}
@@ -266,7 +264,7 @@ class _Run:
         units = units if arguments.auto_wrap else units[-1:]
         return build_engine(model, settings, arguments.precision, arguments.zero, arguments.sharding_backend, units)
 
-    def _find_batch_size(self, trial_batches: TrainingBatches, earlier_arguments: dict[str, Any]) -> None:
+    def _find_batch_size(self, batches: TrainingBatches, earlier_arguments: dict[str, Any]) -> None:
         """Set `train_batch_size` to what fits; model, optimizer and generators are afterwards as they were before.
 
         A run that goes on keeps the rows of its steps, and with them the order of its data.
@@ -289,7 +287,7 @@ class _Run:
             try:
                 with torch.random.fork_rng([meter.device] if meter.on_gpu else []):
                     for _ in range(2):  # the moments, which the first step makes, are there in the second
-                        self._backward([trial_batches.longest(rows)] * (2 if accumulates else 1))
+                        self._backward([batches.longest(rows)] * (2 if accumulates else 1))
                         for gradient in self.engine.gradients():
                             gradient.zero_()  # an overflow in fp16 would reach the weights even at a rate of 0
                         self.engine.step(learning_rate=0.0)
@@ -302,11 +300,11 @@ class _Run:
         settings = {
             **{name: getattr(arguments, name) for name in about},
             "configuration": self.skeleton.config.to_diff_dict(),
-            "longest": {name: list(tensor.shape) for name, tensor in trial_batches.longest(1).items()},
+            "longest": {name: list(tensor.shape) for name, tensor in batches.longest(1).items()},
             "ranks": ranks,
             "accumulates": accumulates,
         }
-        rows_there_are = (rows_per_step or len(trial_batches) // arguments.gradient_accumulation_steps) // ranks
+        rows_there_are = (rows_per_step or len(batches) // arguments.gradient_accumulation_steps) // ranks
         fitting = find_batch_size(
             try_rows, settings, arguments.memory_limit, meter, self.accelerator.print, max(1, rows_there_are)
         )

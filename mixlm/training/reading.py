@@ -1,6 +1,5 @@
 """Fine-tuning for machine reading: what `run_mrc.py` is told, the scores of all windows, and what they are worth."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -26,6 +25,7 @@ from ..evaluation.reading import (
 )
 from ..evaluation.reading_errors import error_kind
 from ..evaluation.reading_report import JudgedQuestion
+from ..files import write_json
 from ..reader import Decoding, MixLMReader, WindowScores, in_order, scores_by_window
 from ..tokenization import answers_on_token_borders
 from .fine_tuning import FineTuningArguments
@@ -65,11 +65,19 @@ class ReadingArguments(FineTuningArguments):
     do_predict: bool = field(default=False, metadata={"help": "Answer the questions of predict_file."})
 
     # Windows and answers
-    max_seq_length: int = field(default=384, metadata={"help": "Tokens of a window: question, context, special ones."})
-    doc_stride: int = field(default=128, metadata={"help": "Tokens from the beginning of a window to the next."})
-    max_query_length: int = field(default=64, metadata={"help": "Tokens of a question; a longer one is cut."})
-    n_best_size: int = field(default=20, metadata={"help": "Candidates of a question in nbest_predictions.json."})
-    max_answer_length: int = field(default=30, metadata={"help": "Tokens of an answer."})
+    max_seq_length: int = field(
+        default=Decoding.max_seq_length, metadata={"help": "Tokens of a window: question, context, special ones."}
+    )
+    doc_stride: int = field(
+        default=Decoding.doc_stride, metadata={"help": "Tokens from the beginning of a window to the next."}
+    )
+    max_query_length: int = field(
+        default=Decoding.max_query_length, metadata={"help": "Tokens of a question; a longer one is cut."}
+    )
+    n_best_size: int = field(
+        default=Decoding.n_best_size, metadata={"help": "Candidates of a question in nbest_predictions.json."}
+    )
+    max_answer_length: int = field(default=Decoding.max_answer_length, metadata={"help": "Tokens of an answer."})
     korean_particles: bool = field(
         default=False,
         metadata={"help": "Drop particles (josa) from the end of answers: 학교에서 becomes 학교. Needs kiwipiepy."},
@@ -285,4 +293,4 @@ def write_predictions(predictions: Predictions, folder: Path, metrics: Mapping[s
         files["eval_results"] = {f"eval/{name}": value for name, value in metrics.items()}
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
-        (folder / f"{name}.json").write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", "utf-8")
+        write_json(folder / f"{name}.json", content)

@@ -19,7 +19,7 @@ from ..data.corpus import dataset_fingerprint, load_splits
 from ..data.hashing import content_hashes, file_stamps, hash_file
 from ..data.languages import languages_of, samples_of
 from ..errors import UserError, one_line
-from ..files import cache_folder, write_whole
+from ..files import cache_folder, json_text, write_whole
 from .arguments import TrainingArguments
 
 RECORD_FILE, RESULTS_FILE = "run.json", "eval_results.json"
@@ -118,7 +118,7 @@ def _require_entries(record: Any) -> None:
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:
     """Write run.json; OSError where that cannot be done."""
-    write_whole(folder / RECORD_FILE, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    write_whole(folder / RECORD_FILE, json_text(record))
 
 
 def _describe_data(arguments: TrainingArguments) -> tuple[list[dict[str, Any]], list[str]]:

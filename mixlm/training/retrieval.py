@@ -65,8 +65,12 @@ class RetrievalArguments(FineTuningArguments):
     )
 
     # The encoder
-    max_query_length: int = field(default=64, metadata={"help": "Tokens of a question; a longer one is cut."})
-    max_passage_length: int = field(default=256, metadata={"help": "Tokens of a passage with its title, likewise."})
+    max_query_length: int = field(
+        default=Encoding.max_query_length, metadata={"help": "Tokens of a question; a longer one is cut."}
+    )
+    max_passage_length: int = field(
+        default=Encoding.max_passage_length, metadata={"help": "Tokens of a passage with its title, likewise."}
+    )
     pooler: Literal["decoder", "mean", "cls"] | None = field(
         default=None, metadata={"help": "How a text becomes one vector. None = as the model has it."}
     )

@@ -1,7 +1,6 @@
 """What comes before and after the training loop: the run's folder, the processes, the checkpoint to go on from, and
 the finished model."""
 
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -16,13 +15,16 @@ from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
+from ..encoder import Encoding
 from ..errors import UserError, file_error
-from ..files import partial_name, whole_folder
+from ..evaluation.reading_report import QUESTIONS_FILE
+from ..files import partial_name, whole_folder, write_json
 from ..hub import CARD_FILE, require_access
 from ..loading import StoredSettings
+from ..reader import Decoding
 from ..tokenization import save_tokenizer
 from .arguments import TrainingArguments
-from .card import is_generated
+from .card import CURVES_FILE, READING_FILE, is_generated
 from .checkpoint import MODEL_FOLDER, Evaluation, checkpoint_of, checkpoints_in, prune, read_state, verify
 from .launch import start_missing_processes
 from .record import RECORD_FILE, RESULTS_FILE
@@ -35,18 +37,18 @@ SKIPPED_FILE = "skipped_answers.jsonl"
 PROBE = ".writable"  # written and deleted to see whether the folder can be written to
 REMOVED_BY_A_NEW_RUN = (
     CURVES,
-    "reader.json",
-    "encoder.json",
+    Decoding.file_name,
+    Encoding.file_name,
     "predictions.json",
     "nbest_predictions.json",
     "null_odds.json",
-    "questions.jsonl",
+    QUESTIONS_FILE,
     CONFIGURATION_FILE,
     RESULTS_FILE,
     RECORD_FILE,
     "model.safetensors",
-    "curves.png",
-    "reading.png",
+    CURVES_FILE,
+    READING_FILE,
 )
 
 
@@ -220,7 +222,7 @@ def finish_run(
                 if settings is not None:
                     settings.save(partial)
                 results = {f"eval/{name}": value for name, value in chosen.metrics.items()}
-                (partial / RESULTS_FILE).write_text(json.dumps(results, indent=2) + "\n", "utf-8")
+                write_json(partial / RESULTS_FILE, results)
             written = list((folder / FINAL_FOLDER).iterdir())
             for path in sorted(written, key=lambda path: path.name == CONFIGURATION_FILE):
                 os.replace(path, folder / path.name)

@@ -128,7 +128,7 @@ class TestWindows:
         first, last = (item[name] - len(asked) - 2 for name in ("start_positions", "end_positions"))
         assert context[offsets[first][0] : offsets[last][1]].startswith("수도")
         (window,) = windows.windows_of(0)
-        assert window.context_position == len(asked) + 2 and window.first_token == 0
+        assert window.context_position == len(asked) + 2
         assert window.offsets.tolist() == [list(each) for each in offsets]
         assert window.has_max_context.all()
 
@@ -152,13 +152,16 @@ class TestWindows:
     def test_windows_overlap_by_their_stride(self):
         context = words(40)
         windows = ReadingWindows([question(context, "산39")], TOKENIZER, **SMALL)
-        tokens = len(TOKENIZER(context, add_special_tokens=False)["input_ids"])
+        encoded = TOKENIZER(context, add_special_tokens=False, return_offsets_mapping=True)
+        tokens = len(encoded["input_ids"])
         asked = len(TOKENIZER("왜?", add_special_tokens=False)["input_ids"])
         room = 24 - 3 - asked
         of_example = windows.windows_of(0)
-        assert [window.first_token for window in of_example] == list(range(0, tokens - room + 6, 6))
+        firsts = range(0, tokens - room + 6, 6)
+        for first, window in zip(firsts, of_example, strict=True):
+            assert window.offsets.tolist() == [list(each) for each in encoded["offset_mapping"][first : first + room]]
         sizes = [len(window.offsets) for window in of_example]
-        assert set(sizes[:-1]) == {room} and sizes[-1] == tokens - of_example[-1].first_token
+        assert set(sizes[:-1]) == {room} and sizes[-1] == tokens - firsts[-1]
         assert windows.lengths.tolist() == [size + asked + 3 for size in sizes]
         # The answer is in the last windows alone; in the others [CLS] is what is to be learned.
         positions = [windows[0, number]["start_positions"] for number in range(len(windows))]
@@ -276,10 +279,10 @@ class TestWindows:
         assert result.predictions == {"q": ""} and result.nbest_predictions["q"][0]["start_logit"] == -5
 
 
-def window_of(offsets, *, max_context=None, context_position=1, first_token=0, number=0):
+def window_of(offsets, *, max_context=None, context_position=1, number=0):
     offsets = np.array(offsets).reshape(-1, 2)
     flags = np.ones(len(offsets), dtype=bool) if max_context is None else np.array(max_context, dtype=bool)
-    return Window(number, context_position, first_token, offsets, flags)
+    return Window(number, context_position, offsets, flags)
 
 
 class TestBestSpans:
@@ -331,7 +334,7 @@ class TestBestSpans:
     def test_a_span_starts_where_its_token_has_most_context(self):
         windows = [
             window_of(self.OFFSETS[:3], max_context=[1, 1, 0]),
-            window_of(self.OFFSETS[1:], max_context=[0, 0, 1], first_token=1, number=1),
+            window_of(self.OFFSETS[1:], max_context=[0, 0, 1], number=1),
         ]
         windows[1].has_max_context[1] = True
         starts = [np.array([0, 1, 2, 9.0]), np.array([0, 9, 3, 0.0])]
@@ -484,9 +487,8 @@ class TestAnyText:
     @given(context=CONTEXTS, stride=st.integers(1, 15), room=st.integers(2, 16))
     def test_windows_cover_the_context(self, tokenizer, context, stride, room):
         asked = len(tokenizer("왜?", add_special_tokens=False)["input_ids"])
-        windows = ReadingWindows(
-            [question(context, is_impossible=True)], tokenizer, room + asked + 3, min(stride, room - 1), asked
-        )
+        stride = min(stride, room - 1)
+        windows = ReadingWindows([question(context, is_impossible=True)], tokenizer, room + asked + 3, stride, asked)
         composed, borders = compose_hangul(context)
         how = {"add_special_tokens": False, "split_special_tokens": True, "return_offsets_mapping": True}
         encoded = tokenizer(composed, **how)
@@ -494,16 +496,17 @@ class TestAnyText:
         tokens = len(encoded["input_ids"])
         in_windows, with_max_context = np.zeros(tokens, dtype=int), np.zeros(tokens, dtype=int)
         of_example = windows.windows_of(0)
-        for window in of_example:
-            part = slice(window.first_token, window.first_token + len(window.offsets))
+        for place, window in enumerate(of_example):
+            first = place * stride
+            part = slice(first, first + len(window.offsets))
             assert [tuple(each) for each in window.offsets] == offsets[part]
             ids = windows[0, window.number]["input_ids"][window.context_position : -1]
             assert ids.tolist() == encoded["input_ids"][part]
             in_windows[part] += 1
             with_max_context[part] += window.has_max_context
-            for token in np.flatnonzero(window.has_max_context) + window.first_token:
-                own = context_around(token, window)
-                assert all(own >= context_around(token, other) for other in of_example)
+            for token in np.flatnonzero(window.has_max_context) + first:
+                around = [context_around(token - n * stride, other) for n, other in enumerate(of_example)]
+                assert around[place] == max(around)
         assert (in_windows >= 1).all() and (with_max_context == 1).all()
 
     @PROPERTY
@@ -522,8 +525,8 @@ class TestAnyText:
             assert span.score == span.start_logit + span.end_logit
 
 
-def context_around(token, window):
-    place, size = token - window.first_token, len(window.offsets)
+def context_around(place, window):
+    size = len(window.offsets)
     return min(place, size - 1 - place) + 0.01 * size if 0 <= place < size else -1
 
 

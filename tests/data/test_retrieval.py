@@ -94,9 +94,9 @@ def pairs_of(questions: list[RetrievalQuestion], passages: list[Passage]) -> Ret
 def test_the_longest_pair_has_the_longest_question_and_the_most_and_longest_passages():
     passages = [Passage("0", "", "한국"), Passage("1", "서울", "한국 수도"), Passage("2", "", "서울")]
     questions = [
-        RetrievalQuestion("a", "서울 한국 수도", EMPTY_PASSAGE),
-        RetrievalQuestion("b", "서울", 0, (1,)),
-        RetrievalQuestion("c", "수도", 0, (2, EMPTY_PASSAGE)),
+        RetrievalQuestion("서울 한국 수도", EMPTY_PASSAGE),
+        RetrievalQuestion("서울", 0, (1,)),
+        RetrievalQuestion("수도", 0, (2, EMPTY_PASSAGE)),
     ]
     pairs = pairs_of(questions, passages)
     longest = pairs.longest()
@@ -110,7 +110,7 @@ def test_the_longest_pair_has_the_longest_question_and_the_most_and_longest_pass
 
 def test_pairs_are_as_the_objective_takes_them():
     passages = [Passage("0", "", "한국"), Passage("1", "서울", "한국 수도")]
-    questions = [RetrievalQuestion("a", "서울", 0, (1,)), RetrievalQuestion("b", "수도 수도", EMPTY_PASSAGE)]
+    questions = [RetrievalQuestion("서울", 0, (1,)), RetrievalQuestion("수도 수도", EMPTY_PASSAGE)]
     pairs = pairs_of(questions, passages)
     assert len(pairs) == 2 and pairs.lengths.tolist() == [3 + 6, 4 + 2]
     batch = collate([pairs[0, 1], pairs[5, 0]], pad_token_id=0)
@@ -155,10 +155,10 @@ def test_questions_and_their_passages():
     texts = [(passage.title, passage.text) for passage in number_of.passages]
     x, y, z = (texts.index(("T", text)) for text in "xyz")
     assert found == [
-        RetrievalQuestion("a", "a?", x, (z,)),
-        RetrievalQuestion("b", "b?", EMPTY_PASSAGE, (x, y)),
-        RetrievalQuestion("c", "c?", y, (z,)),
-        RetrievalQuestion("d", "d?", z, (x, y)),
+        RetrievalQuestion("a?", x, (z,)),
+        RetrievalQuestion("b?", EMPTY_PASSAGE, (x, y)),
+        RetrievalQuestion("c?", y, (z,)),
+        RetrievalQuestion("d?", z, (x, y)),
     ]
     assert len(texts) == 3
 

@@ -44,8 +44,8 @@ def test_a_run(tmp_path):
 
 
 def test_writing_a_run(tmp_path):
-    write_run(tmp_path / "run", {"1": [("a", 0.1), ("b", 3)], "2": []}, tag="bm25")
-    assert (tmp_path / "run").read_text("utf-8") == "1 Q0 b 1 3.0 bm25\n1 Q0 a 2 0.1 bm25\n"
+    write_run(tmp_path / "run", {"1": [("a", 0.1), ("b", 3)], "2": []})
+    assert (tmp_path / "run").read_text("utf-8") == "1 Q0 b 1 3.0 mixlm\n1 Q0 a 2 0.1 mixlm\n"
 
 
 @settings(derandomize=True, deadline=None, database=None, max_examples=60)

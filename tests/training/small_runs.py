@@ -164,6 +164,27 @@ def build_arguments(output_dir: str, **fields) -> TrainingArguments:
     return TrainingArguments(**{**defaults, **fields})
 
 
+class SmallBatches(TrainingBatches):
+    """`Rows`, 8 to a step over all ranks, windows of 2 steps; more of them where memory is to end a search."""
+
+    def __init__(self, task: str, arguments: TrainingArguments, accelerator: Accelerator):
+        super().__init__(Rows(task, 4096), 0, arguments, accelerator)
+        self.rows = Rows(task)
+
+    def __call__(self, position):
+        order = LengthBucketedBatches(
+            self.rows.lengths,
+            seed=self.arguments.seed,
+            rows_per_step=ROWS_PER_STEP,
+            ranks=self.accelerator.num_processes,
+            rank=self.accelerator.process_index,
+            micro_batches=self.arguments.gradient_accumulation_steps,
+            window_steps=2,
+            max_steps_per_epoch=self.arguments.max_steps_per_epoch,
+        )
+        return training_batches(self.rows, order, position, pad_token_id=0, num_workers=self.arguments.num_workers)
+
+
 def run_small(
     arguments: TrainingArguments,
     task: str = "SOP",
@@ -173,33 +194,17 @@ def run_small(
     dtype: torch.dtype = torch.float32,
     **fields,
 ):
-    """`train` on `Rows`, 8 to a step over all ranks, windows of 2 steps; returns the model."""
+    """`train` on `SmallBatches`; returns the model."""
     reset_accelerate()
     accelerator: Accelerator = prepare_run(arguments)
     model = build_model(family, task, arguments.seed, **{"dropout_prob": 0.2, **fields}).to(dtype)
-    rows = Rows(task)
-
-    def batches(position):
-        order = LengthBucketedBatches(
-            rows.lengths,
-            seed=arguments.seed,
-            rows_per_step=ROWS_PER_STEP,
-            ranks=accelerator.num_processes,
-            rank=accelerator.process_index,
-            micro_batches=arguments.gradient_accumulation_steps,
-            window_steps=2,
-            max_steps_per_epoch=arguments.max_steps_per_epoch,
-        )
-        return training_batches(rows, order, position, pad_token_id=0, num_workers=arguments.num_workers)
-
     train(
         model,
         objective_class or OBJECTIVES[task],
-        batches,
+        SmallBatches(task, arguments, accelerator),
         arguments,
         accelerator,
         evaluate or (lambda engine: {"parameters": float(sum(p.numel() for p in engine.parameters.values()))}),
-        TrainingBatches(Rows(task, 4096), 0, arguments, accelerator),  # so that memory is what ends the search
     )
     if accelerator.num_processes == 1:  # the ranks of a test keep their process group
         accelerator.end_training()

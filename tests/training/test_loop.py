@@ -172,16 +172,10 @@ def test_a_loss_that_is_not_a_number_before_the_first_checkpoint(make_arguments,
         step = 1
 
     arguments = make_arguments(num_steps=3, save_steps=1)
-    with pytest.raises(UserError, match="^step 1: "):
+    # There is no checkpoint to send the user to.
+    message = "^step 1: .* no checkpoint was written yet: start again with --overwrite_output_dir"
+    with pytest.raises(UserError, match=message):
         run_training(arguments, objective_class=AtOnce)
     assert checkpoint_names(arguments.run_folder) == []
-
-
-def test_an_error_before_the_first_checkpoint_does_not_send_its_user_to_one(make_arguments, run_training):
-    class NotANumber(NotANumberAt):
-        step = 1
-
-    with pytest.raises(UserError, match="no checkpoint was written yet: start again with --overwrite_output_dir"):
-        run_training(make_arguments(), objective_class=NotANumber)
     with pytest.raises(UserError, match="an earlier run is there; choose another --model_name"):
         run_training(make_arguments())
