@@ -8,6 +8,12 @@ TESTS_MIN := tests/data tests/evaluation tests/retrieval tests/training/test_che
 	serving tokenization))
 QUESTIONS := mixlm/sample/ko_questions.json
 
+# Before anything is installed: what pip says of an older Python names packages, and comes after gigabytes.
+define require-python
+python=$(1); "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	{ echo "$$python is not Python 3.11 or newer; use another one: rm -rf .venv; make PYTHON=python3.12 ..." >&2; exit 2; }
+endef
+
 .DEFAULT_GOAL := help
 .PHONY: help browser demo test test-all test-min lint format package bench bench-growth clean
 
@@ -17,6 +23,7 @@ help:  ## Show this help
 # constraints.txt pins the tested set. torch comes first, and one that is there already is kept: where pip would fetch the build
 # for CUDA, several gigabytes, and no GPU is wanted, install it into .venv beforehand, from the CPU index that pytorch.org names.
 $(VENV)/installed: setup.py constraints.txt
+	@$(call require-python,$$(test -x $(BIN)/python && echo $(BIN)/python || echo $(PYTHON)))
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) (a minute or two) ..."
 	@$(BIN)/pip install --quiet $$(grep '^torch==' constraints.txt)
@@ -59,6 +66,7 @@ test-all: $(VENV)/installed browser  ## Run the slow tests too
 
 # In an environment of its own. The loop, the scripts, the Hub and the exports are tested with the newest alone.
 test-min: setup.py constraints-min.txt  ## Run tests of models, data and retrieval with the oldest versions allowed
+	@$(call require-python,$(PYTHON))
 	@test -x $(VENV)-min/bin/python || $(PYTHON) -m venv $(VENV)-min
 	$(VENV)-min/bin/pip install --quiet $$(grep '^torch==' constraints-min.txt)
 	$(VENV)-min/bin/pip install --quiet --constraint constraints-min.txt --editable '.[korean,retrieval,demo,plot]' \
