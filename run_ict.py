@@ -23,7 +23,7 @@ from mixlm.training.loop import train
 from mixlm.training.objectives import RetrievalObjective
 from mixlm.training.publishing import push_run
 from mixlm.training.retrieval import RetrievalArguments, evaluate_retrieval, pairs_of_corpus, pairs_of_questions
-from mixlm.training.run import end_processes, finish_run, prepare_run
+from mixlm.training.run import end_processes, finish_run, prepare_run, say
 
 
 def run(arguments: RetrievalArguments) -> dict[str, float]:
@@ -35,7 +35,7 @@ def run(arguments: RetrievalArguments) -> dict[str, float]:
     if arguments.corpus_path is None:
         questions = read_questions(arguments, "null_passage")
         for note in questions.notes:
-            accelerator.print(note)
+            say(accelerator, note)
         write_skipped(questions.skipped, arguments, accelerator)
         data = pairs_of_questions(arguments, questions, texts)
     else:
@@ -44,11 +44,12 @@ def run(arguments: RetrievalArguments) -> dict[str, float]:
     arguments.encoding.require_room(model, source)
     require_vocabulary(model, source, tokenizer)
     if new_weights:
-        accelerator.print(f"{source} has no {', '.join(new_weights)}: they are trained anew")
+        say(accelerator, f"{source} has no {', '.join(new_weights)}: they are trained anew")
     arguments.fit_steps(len(data.training), accelerator.num_processes)
-    accelerator.print(
+    say(
+        accelerator,
         f"{len(data.training):,} pairs and {data.hard_negatives:,} hard negatives to train on for "
-        f"{arguments.num_steps:,} steps; {len(data.queries):,} queries search {len(data.passages):,} passages"
+        f"{arguments.num_steps:,} steps; {len(data.queries):,} queries search {len(data.passages):,} passages",
     )
 
     batches = TrainingBatches(data.training, tokenizer.pad_token_id, arguments, accelerator, window_steps=1)

@@ -46,6 +46,7 @@ from mixlm.training.run import (
     finish_run,
     on_main_process,
     prepare_run,
+    say,
 )
 from mixlm.training.sharding import Engine
 
@@ -58,20 +59,21 @@ def train_reader(arguments: ReadingArguments, accelerator: Accelerator, question
     tokenizer = load_tokenizer(arguments.tokenizer or source)
     model, has_head = load_for_reading(source)
     if not has_head:
-        accelerator.print(f"{source} has no head for question answering: a new one is trained")
+        say(accelerator, f"{source} has no head for question answering: a new one is trained")
     require_room(model, source, max_seq_length=arguments.max_seq_length)
     require_vocabulary(model, source, tokenizer)
     decoding, metric = decoding_of(arguments), chosen_metric(arguments, questions.validation)
     training = decoding.windows(questions.training, tokenizer, training=True)
     held_out = decoding.windows(questions.validation, tokenizer)
     arguments.fit_steps(len(training), accelerator.num_processes)
-    accelerator.print(
+    say(
+        accelerator,
         f"{len(training.examples):,} questions in {len(training):,} windows to train on for {arguments.num_steps:,} "
         f"steps, {len(questions.validation):,} in {len(held_out):,} to evaluate on; "
-        f"questions cut to max_query_length: {training.cut_questions + held_out.cut_questions:,}"
+        f"questions cut to max_query_length: {training.cut_questions + held_out.cut_questions:,}",
     )
     if training.skipped:
-        accelerator.print(f"questions that cannot be learned from: {len(training.skipped):,}, see {SKIPPED_FILE}")
+        say(accelerator, f"questions that cannot be learned from: {len(training.skipped):,}, see {SKIPPED_FILE}")
     write_skipped([*questions.skipped, *training.skipped], arguments, accelerator)
 
     def evaluate(engine: Engine) -> dict[str, float]:
@@ -109,7 +111,7 @@ def run(arguments: ReadingArguments) -> dict[str, float]:
         if arguments.tune_decoding and not count_korean(example.context for example in questions.validation):
             raise UserError("--tune_decoding: no text to evaluate on is Korean; leave it out")
         for note in questions.notes:
-            accelerator.print(note)
+            say(accelerator, note)
     if arguments.do_train:
         metrics = train_reader(arguments, accelerator, questions)
         model = str(folder)
@@ -131,16 +133,16 @@ def run(arguments: ReadingArguments) -> dict[str, float]:
             write_lines(folder / QUESTIONS_FILE, map(asdict, judged))
 
         on_main_process(accelerator, write_judged)
-        accelerator.print("".join(f"  {name:>29}  {value:,.2f}\n" for name, value in metrics.items()), end="")
+        say(accelerator, "".join(f"  {name:>29}  {value:,.2f}\n" for name, value in metrics.items()), end="")
         if arguments.tune_decoding:
             choice = "dropped" if reader.decoding.korean_particles else "kept"
-            accelerator.print(f"particles are {choice}, which was chosen on these very questions")
+            say(accelerator, f"particles are {choice}, which was chosen on these very questions")
     if arguments.do_predict:
         examples = read_squad(arguments.predict_file, to_learn_from=False).examples
         answers = read_over_ranks(load_reader(model, arguments, accelerator), examples, accelerator)
         on_main_process(accelerator, lambda: write_predictions(answers, folder / "predict"))
     if arguments.do_eval or arguments.do_predict:
-        accelerator.print(f"answers are in {folder}")
+        say(accelerator, f"answers are in {folder}")
     push_run(arguments, accelerator)
     return metrics
 

@@ -29,7 +29,7 @@ from mixlm.training.evaluation import (
 from mixlm.training.loop import train
 from mixlm.training.objectives import InverseClozeObjective, SentenceOrderObjective
 from mixlm.training.publishing import push_run
-from mixlm.training.run import end_processes, finish_run, prepare_run
+from mixlm.training.run import end_processes, finish_run, prepare_run, say
 
 FAMILIES = {
     "mixlm": (MixLMConfig, MixLMForPreTraining),
@@ -127,10 +127,11 @@ def main():
     )
     training, held_out = build_examples(arguments, tokenizer, corpus)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    accelerator.print(
+    say(
+        accelerator,
         f"{arguments.model_name}: {parameters / 1e6:.1f}M parameters, {len(training):,} training blocks of "
         f"{corpus.num_documents:,} documents ({corpus.num_tokens:,} tokens), {len(held_out):,} held-out blocks; "
-        f"{corpus.cut_sentences:,} sentences were longer than max_seq_length and cut"
+        f"{corpus.cut_sentences:,} sentences were longer than max_seq_length and cut",
     )
     ranks, rank = accelerator.num_processes, accelerator.process_index
     unigram = unigram_log_probabilities(corpus.token_counts)

@@ -75,7 +75,9 @@ def exits_on_user_error(main: Callable) -> Callable:
         except RunStopped as stop:
             if os.environ.get("RANK", "0") == "0":
                 print(one_line(stop), file=sys.stderr)
-            sys.exit(STOPPED_EXIT_CODE)
+            # torchrun takes any other code for a failure, and would start the run again.
+            restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+            sys.exit(0 if restarts else STOPPED_EXIT_CODE)
         except NotPushed as failure:
             print(f"not pushed: {one_line(failure)}", file=sys.stderr)
             sys.exit(NOT_PUSHED_EXIT_CODE)

@@ -42,6 +42,10 @@ def test_the_other_endings(monkeypatch, capsys):
     code, said = ending_of(lost, monkeypatch, capsys, RANK="1", LOCAL_RANK="1")
     assert code == 4 and said.startswith("error: rank 1: another rank has ended") and said.count("\n") == 1
     assert ending_of(RunStopped("stopped"), monkeypatch, capsys) == (3, "stopped\n")
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "0")
+    assert ending_of(RunStopped("stopped"), monkeypatch, capsys) == (3, "stopped\n")
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")  # torchrun would start it again
+    assert ending_of(RunStopped("stopped"), monkeypatch, capsys) == (0, "stopped\n")
     assert ending_of(KeyboardInterrupt(), monkeypatch, capsys) == (130, "interrupted\n")
 
 

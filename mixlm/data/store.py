@@ -16,6 +16,7 @@ whatever the size of the corpus, opening the same time.
 
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -231,6 +232,7 @@ def build_or_open(
     if corpus is not None:
         return corpus
     with _cache_errors(cache_dir), FileLock(_lock_file(folder)):
+        os.listdir(cache_dir)  # a network's file system may remember that the folder is absent; this makes it look
         corpus = _open_whole(folder)  # another process may have built it in the meantime
         if corpus is None:
             _remove_leftovers(cache_dir)

@@ -310,6 +310,8 @@ def _begin(model: str, batch_size: int, number: int) -> None:
     global _encoder
     gpus = torch.cuda.device_count()
     device = f"cuda:{number % gpus}" if gpus else "cpu"
+    if gpus:
+        torch.cuda.set_device(device)  # what is not told the device, as pinned memory, would be of the first one
     # Not loaded here: of what fails here, the process that waits for the vectors would not hear.
     _encoder = cache(partial(MixLMEncoder.from_pretrained, model, device, batch_size))
 

@@ -3,11 +3,13 @@
 import math
 from collections.abc import Callable, Collection, Iterator
 from contextlib import closing, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -36,7 +38,16 @@ from .optimization import OptimizerSettings, learning_rate_factor, matrices_of
 from .precision import LossScale
 from .publishing import CheckpointPusher
 from .record import record_run
-from .run import CHECKPOINTS, CURVES, choose_checkpoint, how_to_go_on, is_of_run, on_main_process, remove_earlier_run
+from .run import (
+    CHECKPOINTS,
+    CURVES,
+    choose_checkpoint,
+    how_to_go_on,
+    is_of_run,
+    on_main_process,
+    remove_earlier_run,
+    say,
+)
 from .sharding import Engine, build_engine, describe, sharding_units
 from .stopping import StopRequest
 from .tracking import CurveWriter, Progress
@@ -145,6 +156,18 @@ def train(
     return run.state.best or last
 
 
+def _require_same_data(fingerprint: str | None) -> None:
+    """Raise UserError, on all ranks, where one has other data than rank 0: each would take its rows out of another
+    order, some rows twice and others never."""
+    everywhere = gather_object([fingerprint])
+    other = next((rank for rank, each in enumerate(everywhere) if each != everywhere[0]), None)
+    if other is not None:
+        raise UserError(
+            f"rank {other} has other data than rank 0 ({everywhere[other]} and {everywhere[0]}); give all machines "
+            "the same files and the same tokenizer"
+        )
+
+
 class _Run:
     """A training run between two steps: what the loop of `train` moves on."""
 
@@ -177,9 +200,10 @@ class _Run:
         self.loss_scale = LossScale() if arguments.precision == "fp16" else None
         self.objective = objective_class(accelerator, self.engine)
         self.engine.train()
+        data = batches.fingerprint() if isinstance(batches, TrainingBatches) else None
+        _require_same_data(data)
         if arguments.train_batch_size == 0:
             self._find_batch_size(batches, earlier_arguments)
-        data = batches.fingerprint() if isinstance(batches, TrainingBatches) else None
         self.resolved = {**arguments.to_dict(), "processes": accelerator.num_processes, "data": data}
 
         self.changed = changed_arguments(earlier_arguments, self.resolved) if checkpoint is not None else {}
@@ -211,7 +235,7 @@ class _Run:
         if self.state.best and not self._is_whole(checkpoint_of(self.checkpoints, self.state.best.step)):
             self.state.best = None
         if self.state.best and (changed := [name for name in (*arguments.judged_by, "data") if name in self.changed]):
-            self.accelerator.print(f"  {changed[0]} has changed: earlier evaluations say nothing of what is best")
+            say(self.accelerator, f"  {changed[0]} has changed: earlier evaluations say nothing of what is best")
             self.state.best = None
         # What an interrupted run has logged after its checkpoint is logged again.
         self.curves = CurveWriter(arguments.run_folder / CURVES, self.state.step)
@@ -240,24 +264,24 @@ class _Run:
         epoch = self.state.position.epoch
         if self.state.position != Position(epoch):
             self.state.position = Position(epoch + 1)
-            self.accelerator.print("  so its data comes in another order, and begins anew")
+            say(self.accelerator, "  so its data comes in another order, and begins anew")
 
     def _announce(self, checkpoint: Path) -> None:
-        self.accelerator.print(f"going on from {checkpoint} (step {self.state.step:,})")
+        say(self.accelerator, f"going on from {checkpoint} (step {self.state.step:,})")
         for name, (before, now) in self.changed.items():
-            self.accelerator.print(f"  changed since then: {name} {before} -> {now}")
+            say(self.accelerator, f"  changed since then: {name} {before} -> {now}")
         if self.state.step > self.arguments.num_steps:
             raise UserError(f"{checkpoint}: is at step {self.state.step}; give --num_steps of that or more to go on")
 
     def _build_engine(self, model: nn.Module) -> Engine:
         arguments, ranks = self.arguments, self.accelerator.num_processes
         if arguments.zero and ranks == 1:
-            self.accelerator.print(f"--zero {arguments.zero}: one process has nothing to share out; as --zero 0")
+            say(self.accelerator, f"--zero {arguments.zero}: one process has nothing to share out; as --zero 0")
         units = sharding_units(model)
         if arguments.auto_wrap and arguments.zero < 2:
-            self.accelerator.print(f"--auto_wrap: without effect with --zero {arguments.zero}")
+            say(self.accelerator, f"--auto_wrap: without effect with --zero {arguments.zero}")
         elif arguments.auto_wrap:
-            self.accelerator.print(describe(units, ranks, matrices_of(model) if arguments.muon else ()))
+            say(self.accelerator, describe(units, ranks, matrices_of(model) if arguments.muon else ()))
         settings = OptimizerSettings(
             arguments.learning_rate, arguments.weight_decay, arguments.adam_epsilon, arguments.muon
         )
@@ -306,7 +330,7 @@ class _Run:
         }
         rows_there_are = (rows_per_step or len(batches) // arguments.gradient_accumulation_steps) // ranks
         fitting = find_batch_size(
-            try_rows, settings, arguments.memory_limit, meter, self.accelerator.print, max(1, rows_there_are)
+            try_rows, settings, arguments.memory_limit, meter, partial(say, self.accelerator), max(1, rows_there_are)
         )
         arguments.take_batch_size(fitting, None if rows_per_step is None else rows_per_step // ranks)
 

@@ -29,6 +29,7 @@ from ..files import write_json
 from ..reader import Decoding, MixLMReader, WindowScores, in_order, scores_by_window
 from ..tokenization import answers_on_token_borders
 from .fine_tuning import FineTuningArguments
+from .run import say
 
 METRICS = {"korquad_v1": korquad_v1, "squad_v1": squad_v1}
 # What a run is told of its windows and answers, by the names of the fields of `Decoding`.
@@ -225,7 +226,7 @@ def scores_over_ranks(
     """The windows of questions and what the reader thinks of them: what `Decoding.read` takes."""
     windows = reader.decoding.windows(examples, reader.tokenizer)
     if windows.cut_questions:
-        accelerator.print(f"questions cut to max_query_length: {windows.cut_questions:,}")
+        say(accelerator, f"questions cut to max_query_length: {windows.cut_questions:,}")
     pad_token_id = reader.tokenizer.pad_token_id
     return windows, window_scores(reader.model, windows, reader.batch_size, pad_token_id, accelerator)
 

@@ -147,8 +147,8 @@ def _name_of(given: str | list[str]) -> str:
 
 
 def _hashes(arguments: TrainingArguments, argument: str, files: list[Path]) -> list[str]:
-    if argument == "corpus_path":  # it may be large; opening it has left them in the cache
-        return content_hashes(file_stamps(files), cache_folder(arguments.cache_dir))
+    if argument in ("corpus_path", "dataset_name"):  # they may be large; hashes that are known are remembered
+        return content_hashes(file_stamps(files), cache_folder(getattr(arguments, "cache_dir", None)))
     return [hash_file(file) for file in files]
 
 

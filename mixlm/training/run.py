@@ -2,8 +2,11 @@
 the finished model."""
 
 import os
+import secrets
 import shutil
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
@@ -34,7 +37,8 @@ from .record import RECORD_FILE, RESULTS_FILE
 FINAL_FOLDER, CONFIGURATION_FILE = "final", "config.json"
 CHECKPOINTS, CURVES = "checkpoints", "tensorboard"
 SKIPPED_FILE = "skipped_answers.jsonl"
-PROBE = ".writable"  # written and deleted to see whether the folder can be written to
+PROBE = ".writable"  # written and deleted to see whether the folder can be written to, and is one for all
+SECONDS_TO_BE_SEEN = 60
 REMOVED_BY_A_NEW_RUN = (
     CURVES,
     Decoding.file_name,
@@ -57,7 +61,8 @@ def prepare_run(arguments: TrainingArguments) -> Accelerator:
 
     Raises:
         UserError: the folder cannot be written or belongs to an earlier run; there is no such checkpoint; the rows of
-            a step cannot be shared out among the processes; the Hub, which is to be pushed to, does not let it.
+            a step cannot be shared out among the processes; these do not know of each other, or do not see one folder;
+            the Hub, which is to be pushed to, does not let it.
     """
     require_checkpoint(arguments)
     start_missing_processes()
@@ -68,12 +73,14 @@ def prepare_run(arguments: TrainingArguments) -> Accelerator:
         cpu=not torch.cuda.is_available(),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=arguments.timeout_minutes))],
     )
+    _require_that_tasks_have_met(accelerator.num_processes)
     # `accelerate config` may ask for a precision. The engine sees to it: on a CPU accelerate passes over fp16.
     arguments.take_precision(accelerator.mixed_precision)
     arguments.fit_effective_batch(accelerator.num_processes)
     if arguments.push_to_hub:
         on_main_process(accelerator, lambda: require_access("--push_to_hub"))
     on_main_process(accelerator, lambda: _claim(folder, arguments))
+    _require_one_folder(folder, arguments.output_dir, accelerator)
     torch.manual_seed(arguments.seed)
     return accelerator
 
@@ -113,6 +120,56 @@ def _claim(folder: Path, arguments: TrainingArguments) -> None:
         probe.unlink()
     except OSError as error:
         raise UserError(f"--output_dir {arguments.output_dir}: cannot be written: {error}") from error
+
+
+def _require_that_tasks_have_met(processes: int) -> None:
+    """Raise UserError where a job's tasks would each train alone, into one folder: accelerate knows torchrun's names
+    alone, and mpirun's on CPUs."""
+    for variable in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        tasks = os.environ.get(variable, "")
+        if processes == 1 and tasks.isdecimal() and int(tasks) > 1:
+            raise UserError(
+                f"{variable}={tasks}: each of {tasks} tasks would train alone; start one task a machine, and in it "
+                "torchrun, such as srun --ntasks-per-node 1 torchrun ..."
+            )
+
+
+def _require_one_folder(folder: Path, name: str, accelerator: Accelerator) -> None:
+    """Raise UserError unless all ranks see what the main process writes into the run's folder."""
+    if accelerator.num_processes == 1:
+        return
+
+    def write() -> str:
+        content = secrets.token_hex(8)
+        (folder / PROBE).write_text(content)
+        return content
+
+    written = on_main_process(accelerator, write)
+    sees = gather_object([_reads(folder / PROBE, written)])
+    on_main_process(accelerator, (folder / PROBE).unlink)
+    if not all(sees):
+        raise UserError(
+            f"--output_dir {name}: rank {sees.index(False)} sees another folder there than rank 0; give one that all "
+            "machines share"
+        )
+
+
+def _reads(file: Path, content: str) -> bool:
+    """Whether a file has that content; a network's file system may take a moment to show it."""
+    end = time.monotonic() + SECONDS_TO_BE_SEEN
+    while True:
+        with suppress(OSError):
+            if file.read_text() == content:
+                return True
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.1)
+
+
+def say(accelerator: Accelerator, text: str, end: str = "\n") -> None:
+    """Print on the main process alone; `accelerator.print` does so once a machine."""
+    if accelerator.is_main_process:
+        print(text, end=end)
 
 
 def _goes_on_in(folder: Path, arguments: TrainingArguments) -> bool:

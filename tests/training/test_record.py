@@ -96,7 +96,8 @@ def test_a_model_of_the_hub_is_its_own_name(tmp_path):
     assert read_record(tmp_path / "out")["base_model"] == {"name": "me/base", "hub_model_id": "me/base"}
 
 
-def test_a_local_dataset_is_known_by_its_files(tmp_path):
+def test_a_local_dataset_is_known_by_its_files(tmp_path, monkeypatch):
+    monkeypatch.setenv("MIXLM_CACHE", str(tmp_path / "cache"))
     (tmp_path / "rows.jsonl").write_text("{}\n")
     arguments = fine_tuning(tmp_path, model_name_or_path="me/base", dataset_name=str(tmp_path / "rows.jsonl"))
     record_run(arguments, arguments.to_dict(), first_step=0)

@@ -2,6 +2,8 @@
 
 import os
 import shutil
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 from accelerate import Accelerator
@@ -9,7 +11,8 @@ from small_runs import build_arguments, reset_accelerate, run_small
 
 from mixlm.errors import UserError
 from mixlm.training import checkpoint as checkpoint_module
-from mixlm.training.run import on_main_process, prepare_run, remove_earlier_run
+from mixlm.training import loop, run
+from mixlm.training.run import on_main_process, prepare_run, remove_earlier_run, say
 
 
 def names(folder) -> set[str]:
@@ -35,6 +38,58 @@ def test_a_state_that_cannot_be_read_is_one_line(tmp_path):
     (tmp_path / "step" / "state.json").mkdir(parents=True)
     with pytest.raises(UserError, match="state.json: Is a directory; use an older checkpoint"):
         prepare_run(build_arguments(str(tmp_path), resume=str(tmp_path / "step")))
+
+
+def test_tasks_that_do_not_know_of_each_other_do_not_train(tmp_path, monkeypatch):
+    reset_accelerate()
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    with pytest.raises(UserError, match="^SLURM_STEP_NUM_TASKS=2: each of 2 tasks would train alone; .* torchrun"):
+        prepare_run(build_arguments(str(tmp_path)))
+    assert names(tmp_path) == set()
+
+
+@pytest.mark.parametrize("variable", ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
+def test_tasks_that_know_of_each_other_and_single_ones_train(monkeypatch, variable):
+    for tasks, processes in (("2", 2), ("1", 1), ("", 1)):
+        monkeypatch.setenv(variable, tasks)
+        run._require_that_tasks_have_met(processes)
+    monkeypatch.setenv(variable, "2")
+    with pytest.raises(UserError, match=f"^{variable}=2: "):
+        run._require_that_tasks_have_met(processes=1)
+
+
+@pytest.mark.parametrize("is_shared", [True, False])
+def test_all_ranks_see_one_folder(tmp_path, monkeypatch, is_shared):
+    """The other rank is on a machine where what the main process has written is not, or is that of another time."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    there.mkdir()
+    (there / run.PROBE).write_text("of another run")
+    monkeypatch.setattr(run, "SECONDS_TO_BE_SEEN", 0.2)
+
+    def gather(own: list[bool]) -> list[bool]:
+        content = (here / run.PROBE).read_text()
+        return [*own, run._reads((here if is_shared else there) / run.PROBE, content)]
+
+    monkeypatch.setattr(run, "gather_object", gather)
+    ranks = SimpleNamespace(num_processes=2, is_main_process=True)
+    with nullcontext() if is_shared else pytest.raises(UserError, match="--output_dir outputs: rank 1 sees another"):
+        run._require_one_folder(here, "outputs", ranks)
+    assert names(here) == set()
+
+
+def test_ranks_with_other_data_do_not_train(monkeypatch):
+    monkeypatch.setattr(loop, "gather_object", lambda own: [*own, own[0], "other"])
+    with pytest.raises(UserError, match="^rank 2 has other data than rank 0 \\(other and ours\\); give all machines"):
+        loop._require_same_data("ours")
+    monkeypatch.setattr(loop, "gather_object", lambda own: own * 3)
+    loop._require_same_data("ours")
+
+
+def test_only_the_main_process_speaks(capsys):
+    for is_main in (True, False):
+        say(SimpleNamespace(is_main_process=is_main, is_local_main_process=True), f"main: {is_main}")
+    assert capsys.readouterr().out == "main: True\n"
 
 
 def test_files_of_others_are_not_called_a_run(tmp_path):
