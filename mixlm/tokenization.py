@@ -358,14 +358,14 @@ def load_tokenizer(name_or_path: str | PathLike) -> PreTrainedTokenizerFast:
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write a tokenizer into a folder; OSError where that cannot be done.
 
-    Where a model is in it already, texts are cut at that model's length if `truncation` is asked for.
+    Where a model is in it already, texts are cut at no more than its length if `truncation` is asked for.
     """
     try:
         config = folder / "config.json"
         longest = json.loads(config.read_text("utf-8")).get("max_position_embeddings") if config.is_file() else None
         if longest is not None:
             tokenizer = copy.copy(tokenizer)
-            tokenizer.model_max_length = longest
+            tokenizer.model_max_length = min(tokenizer.model_max_length, longest)
         tokenizer.save_pretrained(folder)
     except OSError:
         raise
