@@ -147,7 +147,7 @@ class PositionPooler(nn.Module):
     def forward(self, hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
         weight = self.weight[: hidden.shape[1]].expand(hidden.shape[:2])
         if attention_mask is not None:
-            weight = weight * attention_mask
+            weight = weight * attention_mask.bool()
         return (weight[:, None].to(hidden.dtype) @ hidden).squeeze(1)
 
 
@@ -157,7 +157,7 @@ class MeanPooler(nn.Module):
     def forward(self, hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
         if attention_mask is None:
             return hidden.mean(dim=1)
-        weight = attention_mask.to(hidden.dtype)[..., None]
+        weight = attention_mask.bool().to(hidden.dtype)[..., None]
         return (hidden * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
 
 

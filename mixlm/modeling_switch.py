@@ -142,7 +142,7 @@ def router_loss(router_logits: Tensor, real: Tensor, balance_coef: float, z_coef
 
     `router_logits` is [B, L, E], `real` the mask of real tokens [B, L].
     """
-    logits, weight = router_logits, real.to(router_logits.dtype)
+    logits, weight = router_logits, real.bool().to(router_logits.dtype)
     weight = weight / weight.sum(dim=1, keepdim=True).clamp(min=1)  # [B, L], sums to 1 in each sequence
     chosen = F.one_hot(logits.argmax(dim=-1), logits.shape[-1]).to(logits.dtype)
     # Sums and no matrix products, which autocast would round to 16 bits.

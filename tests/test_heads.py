@@ -308,6 +308,17 @@ class TestRetrieval:
         assert vectors[0].float().norm().item() == pytest.approx(1, abs=1e-3)
 
     @RETRIEVAL
+    @pytest.mark.parametrize("pooler", ["decoder", "mean", "cls"])
+    def test_in_a_mask_what_is_not_0_is_a_token(self, model_class, pooler):
+        model = build(model_class, pooler=pooler)
+        batch = random_batch(model.config, [6, 4])
+        expected = model(**batch, **AUX)
+        batch["attention_mask"] = torch.arange(1, 7) * batch["attention_mask"]
+        found = model(**batch, **AUX)
+        same(found.embeddings, expected.embeddings)
+        same(torch.as_tensor(aux(found)), torch.as_tensor(aux(expected)))
+
+    @RETRIEVAL
     def test_hard_negatives_stand_behind_the_own_context(self, model_class):
         model = build(model_class)
         batch = ict_batch(model.config, context_lengths=(7, 8, 5, 6, 3))

@@ -18,7 +18,7 @@ from ..errors import UserError
 from ..files import new_folder, write_json
 from ..loading import StoredSettings, own_config
 from ..reader import MixLMReader
-from ..tokenization import load_tokenizer
+from ..tokenization import load_tokenizer, save_tokenizer
 from .graphs import (
     FLOAT_SUFFIX,
     INT8_SUFFIX,
@@ -67,12 +67,12 @@ def export_onnx(
     model, settings, graphs, compare = (_reader if _is_reader(name) else _encoder)(name, examples)
     suffixes = [FLOAT_SUFFIX, INT8_SUFFIX] if int8 else [FLOAT_SUFFIX]
     with new_folder(out) as folder:
-        load_tokenizer(name).save_pretrained(folder)
         settings.save(folder)
         config = {
             key: value for key, value in model.config.to_dict().items() if key != "auto_map"
         }  # no code goes along
         write_json(folder / "config.json", config)
+        save_tokenizer(load_tokenizer(name), folder)
         for graph in graphs:
             write_graph(model, graph, folder / f"{graph.name}{FLOAT_SUFFIX}")
             if int8:

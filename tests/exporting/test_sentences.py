@@ -129,6 +129,7 @@ def test_an_export_is_pushed_whole(tmp_path):
 
     modules = json.loads((tmp_path / "out" / "modules.json").read_text("utf-8"))
     modules.append({"idx": 1, "name": "1", "path": "1_Normalize", "type": "sentence_transformers.models.Normalize"})
+    modules[0]["type"] = "sentence_transformers.models.Transformer"  # whose code is in no file of the folder
     (tmp_path / "out" / "modules.json").write_text(json.dumps(modules), "utf-8")
     with pytest.raises(UserError, match="has a module in the folder 1_Normalize, and mixlm push takes none"):
         files_to_push(tmp_path / "out")
