@@ -11,7 +11,7 @@ QUESTIONS := mixlm/sample/ko_questions.json
 # Before anything is installed: what pip says of an older Python names packages, and comes after gigabytes.
 define require-python
 python=$(1); "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	{ echo "$$python is not Python 3.11 or newer; use another one: rm -rf .venv; make PYTHON=python3.12 ..." >&2; exit 2; }
+	{ echo "$$python is not Python 3.11 or newer; delete its environment, if it is one, and give another: make PYTHON=python3.12 ..." >&2; exit 2; }
 endef
 
 .DEFAULT_GOAL := help
@@ -66,7 +66,7 @@ test-all: $(VENV)/installed browser  ## Run the slow tests too
 
 # In an environment of its own. The loop, the scripts, the Hub and the exports are tested with the newest alone.
 test-min: setup.py constraints-min.txt  ## Run tests of models, data and retrieval with the oldest versions allowed
-	@$(call require-python,$(PYTHON))
+	@$(call require-python,$$(test -x $(VENV)-min/bin/python && echo $(VENV)-min/bin/python || echo $(PYTHON)))
 	@test -x $(VENV)-min/bin/python || $(PYTHON) -m venv $(VENV)-min
 	$(VENV)-min/bin/pip install --quiet $$(grep '^torch==' constraints-min.txt)
 	$(VENV)-min/bin/pip install --quiet --constraint constraints-min.txt --editable '.[korean,retrieval,demo,plot]' \

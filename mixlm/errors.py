@@ -55,7 +55,8 @@ def _rank_unless_first() -> str:
 
 def exits_on_user_error(main: Callable) -> Callable:
     """Decorate a program's `main`: a `UserError` becomes `error: ...` on stderr and exit code 2, `RunStopped` its line
-    and exit code 3, a rank that is lost 4, `NotPushed` its line and 5, Ctrl-C 130."""
+    and exit code 3 (0 where torchrun would start it again), a rank that is lost 4, `NotPushed` its line and 5, Ctrl-C
+    130."""
 
     @wraps(main)
     def wrapper(*args, **kwargs):

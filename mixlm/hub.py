@@ -121,15 +121,12 @@ def files_to_push(folder: Path) -> list[str]:
     if MODULES_FILE in names:
         with _reading(folder / MODULES_FILE):
             modules = json.loads((folder / MODULES_FILE).read_text("utf-8"))
-            elsewhere = [module["path"] for module in modules if module["path"]]
-            classes = [module["type"] for module in modules]
-        if elsewhere:
-            raise UserError(
-                f"{folder / MODULES_FILE}: has a module in the folder {elsewhere[0]}, and mixlm push takes none; use "
-                "SentenceTransformer(...).push_to_hub"
-            )
-        with _reading(folder / MODULES_FILE):
-            published |= _code_of(classes, folder)
+            if elsewhere := [module["path"] for module in modules if module["path"]]:
+                raise UserError(
+                    f"{folder / MODULES_FILE}: has a module in the folder {elsewhere[0]}, and mixlm push takes none; "
+                    "use SentenceTransformer(...).push_to_hub"
+                )
+            published |= _code_of([module["type"] for module in modules], folder)
     return sorted(published)
 
 

@@ -5,6 +5,7 @@ kernel groups G (`num_heads`), feed-forward width F. What is fast about it is in
 """
 
 import math
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -371,11 +372,11 @@ class MixLMPreTrainedModel(PreTrainedModel):
     def save_pretrained(self, save_directory, *args: Any, **kwargs: Any):
         """As in transformers; the configuration also names the class of every head (`auto_map`)."""
         self.config.auto_map = dict(self.auto_classes)
-        saved = super().save_pretrained(save_directory, *args, **kwargs)
         family = next(base for base in type(self).__mro__ if "auto_classes" in vars(base))
         if type(self).__module__ != family.__module__:  # the file of a head of somebody's own is not those it names
+            os.makedirs(save_directory, exist_ok=True)
             custom_object_save(family, save_directory)
-        return saved
+        return super().save_pretrained(save_directory, *args, **kwargs)
 
     def _encode(
         self,

@@ -117,6 +117,9 @@ class OpenQA:
         choice: how the answer is chosen; None is what `store` has stored in the index, if that was tuned under what is
             the case now.
 
+    Raises:
+        ValueError: `search` has no such mode.
+
     Attributes:
         mode: how passages are found: "lexical", "dense" or "hybrid".
         unused: why what is stored in the index is not used, though no `choice` was given; else None.
@@ -132,6 +135,8 @@ class OpenQA:
         choice: Choice | None = None,
     ):
         self.index, self.reader, self.top_k = index, reader, top_k
+        if search is not None and mode not in ("dense", "hybrid"):
+            raise ValueError(f"mode={mode!r} must be 'dense' or 'hybrid'; leave the search out for a lexical one")
         self.search, self.mode = search, "lexical" if search is None else mode
         self.find: Find = index.find if search is None else getattr(search, mode)
         self.unused: str | None = None

@@ -312,3 +312,8 @@ def test_an_answer_as_json():
         "reader_score": 4.0,
         "retriever_score": 0.0,
     }
+
+
+def test_a_search_has_two_modes():
+    with pytest.raises(ValueError, match="mode='lexical' must be 'dense' or 'hybrid'"):
+        OpenQA(index=None, reader=None, search=object(), mode="lexical")

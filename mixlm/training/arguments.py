@@ -152,7 +152,10 @@ class TrainingArguments:
     eval_steps: int = field(default=0, metadata={"help": "Steps between two evaluations. 0 = only at the end."})
     max_minutes: float | None = field(
         default=None,
-        metadata={"help": "Save and stop after this many minutes of training, with exit code 3. None = no limit."},
+        metadata={
+            "help": "Save and stop after this many minutes of training, with exit code 3 (under torchrun's "
+            "restarts 0). None = no limit."
+        },
     )
 
     # The Hub

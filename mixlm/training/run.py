@@ -79,8 +79,8 @@ def prepare_run(arguments: TrainingArguments) -> Accelerator:
     arguments.fit_effective_batch(accelerator.num_processes)
     if arguments.push_to_hub:
         on_main_process(accelerator, lambda: require_access("--push_to_hub"))
-    on_main_process(accelerator, lambda: _claim(folder, arguments))
-    _require_one_folder(folder, arguments.output_dir, accelerator)
+    written = on_main_process(accelerator, lambda: _claim(folder, arguments))
+    _require_one_folder(folder, arguments.output_dir, written, accelerator)
     torch.manual_seed(arguments.seed)
     return accelerator
 
@@ -106,7 +106,8 @@ def on_main_process(accelerator: Accelerator, action: Callable[[], Any]) -> Any:
     return result
 
 
-def _claim(folder: Path, arguments: TrainingArguments) -> None:
+def _claim(folder: Path, arguments: TrainingArguments) -> str:
+    """Make the folder and write `PROBE` into it; returns its content."""
     occupied = folder.is_dir() and any(folder.iterdir())
     if occupied and not (_goes_on_in(folder, arguments) or arguments.overwrite_output_dir):
         is_run = any((folder / name).exists() for name in (CHECKPOINTS, *REMOVED_BY_A_NEW_RUN))
@@ -115,9 +116,9 @@ def _claim(folder: Path, arguments: TrainingArguments) -> None:
         raise UserError(f"{folder}: {found}; {go_on}choose another --model_name, or give --overwrite_output_dir")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / PROBE
-        probe.touch()
-        probe.unlink()
+        written = secrets.token_hex(8)
+        (folder / PROBE).write_text(written)
+        return written
     except OSError as error:
         raise UserError(f"--output_dir {arguments.output_dir}: cannot be written: {error}") from error
 
@@ -130,21 +131,12 @@ def _require_that_tasks_have_met(processes: int) -> None:
         if processes == 1 and tasks.isdecimal() and int(tasks) > 1:
             raise UserError(
                 f"{variable}={tasks}: each of {tasks} tasks would train alone; start one task a machine, and in it "
-                "torchrun, such as srun --ntasks-per-node 1 torchrun ..."
+                "torchrun, such as srun --ntasks-per-node 1 torchrun ...; where they are to train alone, unset it"
             )
 
 
-def _require_one_folder(folder: Path, name: str, accelerator: Accelerator) -> None:
-    """Raise UserError unless all ranks see what the main process writes into the run's folder."""
-    if accelerator.num_processes == 1:
-        return
-
-    def write() -> str:
-        content = secrets.token_hex(8)
-        (folder / PROBE).write_text(content)
-        return content
-
-    written = on_main_process(accelerator, write)
+def _require_one_folder(folder: Path, name: str, written: str, accelerator: Accelerator) -> None:
+    """Raise UserError unless all ranks see what the main process has written as `PROBE`, which is deleted then."""
     sees = gather_object([_reads(folder / PROBE, written)])
     on_main_process(accelerator, (folder / PROBE).unlink)
     if not all(sees):

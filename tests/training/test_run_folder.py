@@ -63,6 +63,7 @@ def test_all_ranks_see_one_folder(tmp_path, monkeypatch, is_shared):
     """The other rank is on a machine where what the main process has written is not, or is that of another time."""
     here, there = tmp_path / "here", tmp_path / "there"
     here.mkdir()
+    (here / run.PROBE).write_text("of this run")
     there.mkdir()
     (there / run.PROBE).write_text("of another run")
     monkeypatch.setattr(run, "SECONDS_TO_BE_SEEN", 0.2)
@@ -74,7 +75,7 @@ def test_all_ranks_see_one_folder(tmp_path, monkeypatch, is_shared):
     monkeypatch.setattr(run, "gather_object", gather)
     ranks = SimpleNamespace(num_processes=2, is_main_process=True)
     with nullcontext() if is_shared else pytest.raises(UserError, match="--output_dir outputs: rank 1 sees another"):
-        run._require_one_folder(here, "outputs", ranks)
+        run._require_one_folder(here, "outputs", "of this run", ranks)
     assert names(here) == set()
 
 
