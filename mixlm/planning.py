@@ -7,7 +7,6 @@ lines, for which a few such steps are enough. The peak is the largest sum of bot
 docs/planning.md says how near that comes, and `probing` measures it.
 """
 
-import weakref
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -20,11 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForPreTraining, PreTrainedConfig
 
 from .kernels import TOKENS_PER_BLOCK
+from .live_memory import LiveMemory
 from .profiling import random_batch
 from .training.arguments import PretrainingArguments, TrainingArguments, cuts_parameters
 from .training.batch_size import MOST_ROWS
@@ -180,12 +178,14 @@ def simulate_step(config: PreTrainedConfig, rows: int, length: int, setting: Set
         groups = optimizer.groups(model)
         group_of = {each: number for number, group in enumerate(groups) for each in group["params"]}
         matrices = {each: group["matrices"] for group in groups if "matrices" in group for each in group["params"]}
-        backward: list[tuple[int, int]] = []
-        with _LiveMemory() as memory:
+        completed: list[int] = []
+        moments: list[int] = []
+        with LiveMemory() as memory:
 
             def complete(number: int, gradient: Tensor) -> None:
-                backward.append((number, memory.restart()))
+                completed.append(number)
                 memory.disregard(gradient)
+                moments.append(memory.moment())
 
             for number, parameter in enumerate(group_of):
                 parameter.register_post_accumulate_grad_hook(
@@ -193,21 +193,22 @@ def simulate_step(config: PreTrainedConfig, rows: int, length: int, setting: Set
                 )
             with autocast(setting.precision, torch.device("cpu")):
                 loss = model(**random_batch(config, rows, length, setting.masked_share)).loss
-            forward = memory.restart()
+            moments.append(memory.moment())
             loss.backward()
+        forward, *backward = memory.peaks(moments)
         update = max((_update_memory(shape) for shape in set(matrices.values())), default=0)
     parameters = [
         Parameter(each.shape, unit_of[each], group, 1 if each in matrices else 2) for each, group in group_of.items()
     ]
-    return Step(rows, parameters, forward, backward, update)
+    return Step(rows, parameters, forward, list(zip(completed, backward, strict=True)), update)
 
 
 def _update_memory(shape: tuple[int, int, int]) -> int:
     """The most bytes that Muon has beside the moment while it updates a parameter that is so many matrices."""
-    with _LiveMemory() as memory, torch.no_grad():
+    with LiveMemory() as memory, torch.no_grad():
         momentum = torch.empty(shape)
         orthogonalized(momentum)
-        return memory.restart()
+    return memory.peak()
 
 
 class _WithoutContent(TorchFunctionMode):
@@ -244,49 +245,6 @@ class _WithoutContent(TorchFunctionMode):
         if self.on_cuda and self.in_16_bits and function in (F.layer_norm, F.softmax, Tensor.softmax):
             args = (args[0].float(), *args[1:])
         return function(*args, **kwargs)
-
-
-class _LiveMemory(TorchDispatchMode):
-    """Counts the bytes that operators make and that are not freed yet."""
-
-    def __init__(self):
-        super().__init__()
-        self._now = self._most = 0
-        self._sizes: dict[int, int] = {}  # of live storages, by address
-
-    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        in_backward = torch._C._current_graph_task_id() != -1
-        if operator is torch.ops.aten.add.Tensor and in_backward and not args[0]._is_view():
-            # Gradients that meet. Without a dispatch mode torch adds them in place where nothing else has the memory.
-            operator = torch.ops.aten.add_.Tensor
-        given = {storage._cdata for storage in _storages((args, kwargs))}
-        result = operator(*args, **(kwargs or {}))
-        for storage in _storages(result):
-            if storage._cdata not in given and storage._cdata not in self._sizes:
-                self._sizes[storage._cdata] = storage.nbytes()
-                self._now += storage.nbytes()
-                self._most = max(self._most, self._now)
-                weakref.finalize(storage, self._forget, storage._cdata).atexit = False
-        return result
-
-    def _forget(self, address: int) -> None:
-        self._now -= self._sizes.pop(address, 0)
-
-    def disregard(self, tensor: Tensor) -> None:
-        """Count the memory of a tensor no longer."""
-        self._forget(tensor.untyped_storage()._cdata)
-        self._most = self._now
-
-    def restart(self) -> int:
-        """The most bytes that were alive at once since the last call."""
-        most, self._most = self._most, self._now
-        return most
-
-
-def _storages(values: Any) -> Iterator[torch.UntypedStorage]:
-    """The memory of all tensors in nested values; empty ones have none."""
-    storages = (value.untyped_storage() for value in tree_leaves(values) if isinstance(value, Tensor))
-    return (storage for storage in storages if storage.nbytes())
 
 
 # -- how the engines spread it over the ranks ------------------------------------------------------------------------

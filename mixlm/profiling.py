@@ -8,17 +8,15 @@ runs, also those of custom autograd functions and of the backward pass.
 import os
 import statistics
 import time
-import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import DeviceType
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import (
     conv_flop_count,
     flop_registry,
@@ -31,6 +29,7 @@ from transformers import AutoModel, AutoModelForPreTraining, PreTrainedConfig, P
 from .configuration import read_config
 from .errors import UserError
 from .heads import IGNORE
+from .live_memory import LiveMemory, tensor_bytes
 from .loading import load_model, own_config
 from .progress import progress_bar
 from .training.optimization import OptimizerSettings
@@ -404,68 +403,6 @@ OPERATION_FORMULAS = flop_registry | {
 # -- memory ----------------------------------------------------------------------------------------------------------
 
 
-class LiveMemory(TorchDispatchMode):
-    """While it is on, keeps account of the memory that operators make and that is freed again.
-
-    Memory is counted once, whatever the number of tensors on it and whoever holds it. What an operator takes and frees
-    within itself is not seen. Under the mode torch adds up gradients that meet in a new tensor rather than in place.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self._changes: list[tuple[int, int]] = []  # (number of a storage, bytes: negative when it is freed)
-        self._numbers: dict[int, int] = {}  # address of a live storage -> its number
-
-    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        given = {storage.data_ptr() for storage in _storages(tree_leaves((args, kwargs)))}
-        result = operator(*args, **kwargs)
-        for storage in _storages(tree_leaves(result)):
-            address = storage.data_ptr()
-            if address not in given and address not in self._numbers:
-                self._add(address, storage)
-        return result
-
-    def _add(self, address: int, storage: torch.UntypedStorage) -> None:
-        number, size = len(self._changes), storage.nbytes()
-        self._numbers[address] = number
-        self._changes.append((number, size))
-
-        def free():
-            del self._numbers[address]
-            self._changes.append((number, -size))
-
-        weakref.finalize(storage, free).atexit = False
-
-    def live(self) -> set[int]:
-        """The numbers of all storages that are alive."""
-        return set(self._numbers.values())
-
-    def numbers(self, tensors: Iterable[Tensor]) -> set[int]:
-        """The numbers of the storages of `tensors`, as far as they were made under the mode."""
-        addresses = {storage.data_ptr() for storage in _storages(tensors)}
-        return {number for address, number in self._numbers.items() if address in addresses}
-
-    def size(self, numbers: set[int]) -> int:
-        """Bytes of these storages."""
-        return sum(change for number, change in self._changes if number in numbers and change > 0)
-
-    def peak(self, without: set[int] = frozenset()) -> int:
-        """The most bytes at any time, not counting some storages."""
-        now = highest = 0
-        for number, change in self._changes:
-            if number not in without:
-                now += change
-                highest = max(highest, now)
-        return highest
-
-
-def _storages(values: Iterable[Any]) -> Iterator[torch.UntypedStorage]:
-    """The memory of what is a tensor; an empty one has no address."""
-    storages = (value.untyped_storage() for value in values if isinstance(value, Tensor))
-    return (storage for storage in storages if storage.nbytes())
-
-
 def measure_memory(step: Step) -> MemoryUse:
     """Run a step that has been run before, so that the optimizer has its state, and measure memory by kind.
 
@@ -479,9 +416,9 @@ def measure_memory(step: Step) -> MemoryUse:
             if name == "forward":
                 activations = memory.live()
             elif name == "backward":
-                gradients = memory.numbers(parameter.grad for parameter in parameters)
-    state = [] if step.optimizer is None else tree_leaves(list(step.optimizer.state.values()))
-    lasting = {"parameters": tensor_bytes(parameters), "optimizer_state": tensor_bytes(state)}
+                gradients = memory.numbers([parameter.grad for parameter in parameters])
+    state = {} if step.optimizer is None else dict(step.optimizer.state)
+    lasting = {"parameters": tensor_bytes(parameters), "optimizer_state": tensor_bytes(list(state.values()))}
     return MemoryUse(
         **lasting,
         gradients=memory.size(gradients),
@@ -489,8 +426,3 @@ def measure_memory(step: Step) -> MemoryUse:
         temporary=memory.peak(without=activations | gradients),
         peak=sum(lasting.values()) + memory.peak(),
     )
-
-
-def tensor_bytes(tensors: Iterable[nn.Parameter | Tensor]) -> int:
-    """The memory of tensors, what they share once."""
-    return sum({storage.data_ptr(): storage.nbytes() for storage in _storages(tensors)}.values())

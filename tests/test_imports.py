@@ -17,7 +17,7 @@ LAYERS = [
     {"training", "retrieval"},
     {"evaluation", "reader", "encoder"},
     {"data", "tokenization", "conversion", "loading", "hub"},
-    {"files", "progress"},
+    {"files", "progress", "live_memory"},
 ]
 ONLY_IN = {"fairscale": ("training", "sharding"), "faiss": ("retrieval", "index")}
 

@@ -20,7 +20,6 @@ from mixlm import (
 from mixlm.cli import main
 from mixlm.heads import IGNORE
 from mixlm.profiling import (
-    LiveMemory,
     TrainingStep,
     count_operations,
     measure_memory,
@@ -71,33 +70,6 @@ class TestRandomBatch:
         batch = random_batch(config, 1, 1)
         assert (batch["labels"] != IGNORE).sum() == 1
         assert MixLMForPreTraining(config)(**batch).loss.isfinite()
-
-
-class TestLiveMemory:
-    def test_counts_what_is_made_and_freed(self):
-        before = torch.zeros(1000)
-        with LiveMemory() as memory:
-            first = torch.zeros(256)  # 1,024 bytes
-            view = first.view(16, 16)[1:]
-            before.add_(1)
-            second = first + 1  # 2,048 bytes together
-            del second
-            third = torch.zeros(512, dtype=torch.float64)  # 4,096 bytes: 5,120 together
-            assert memory.size(memory.live()) == 5120
-            assert memory.size(memory.numbers([view])) == 1024
-            assert memory.numbers([before]) == set()
-            of_third = memory.numbers([third])
-            del third, first
-            assert memory.size(memory.live()) == 1024  # the view holds it
-            del view
-            assert memory.live() == set()
-        assert memory.peak() == 5120
-        assert memory.peak(without=of_third) == 2048
-
-    def test_sees_an_output_that_was_empty_before(self):
-        with LiveMemory() as memory:
-            out = torch.mm(torch.zeros(8, 8), torch.zeros(8, 8), out=torch.empty(0))
-            assert memory.size(memory.numbers([out])) == 256
 
 
 class KeptOnContext(torch.autograd.Function):

@@ -21,6 +21,9 @@ from .sharding import Engine
 
 Batch = dict[str, Tensor]
 
+# Of queries with contexts: as many are in memory at once (17 bytes each), however large the global batch is.
+SCORES_AT_ONCE = 2**24
+
 
 class Term(NamedTuple):
     """A quantity as a sum and what the sum is to be divided by."""
@@ -48,7 +51,7 @@ class Step:
 
 class RetrievalGradients(NamedTuple):
     """The global in-batch retrieval loss, the share of queries whose own context scores highest, how many candidates a
-    query has in the mean, and the gradients of the loss by this rank's [rows, hidden] embeddings."""
+    query has in the mean, and the gradients of the loss by [rows, hidden] embeddings."""
 
     loss: Tensor
     accuracy: Tensor
@@ -234,28 +237,16 @@ class RetrievalObjective(Objective):
             own.append(before + (torch.arange(rows, device=queries.device) if places is None else places))
             before += rows
         all_own, _ = gather_rows(self.accelerator, torch.cat(own))
-        excluded = torch.zeros(len(all_queries), len(all_contexts), dtype=torch.bool, device=queries.device)
+        passages = None
         if "passage" in micro_batches[0]:
-            passage, context_passage = (
+            passages = tuple(
                 gather_rows(self.accelerator, torch.cat([batch[name] for batch in micro_batches]))[0]
                 for name in ("passage", "context_passage")
             )
-            excluded = repeated_candidates(passage, context_passage, all_own)
-        with torch.enable_grad():
-            all_queries.requires_grad_()
-            all_contexts.requires_grad_()
-            scores = retrieval_scores(all_queries, all_contexts) / self.temperature
-            scores = scores.masked_fill(excluded, -torch.inf)
-            loss = cross_entropy(scores, all_own)
-            by_queries, by_contexts = torch.autograd.grad(loss, (all_queries, all_contexts))
-        accuracy = (scores.detach().argmax(dim=1) == all_own).float().mean()
-        candidates = len(all_contexts) - excluded.sum(dim=1).float().mean()
-        of_rank, contexts_of_rank = (
-            slice(first, first + len(queries)),
-            slice(first_context, first_context + len(contexts)),
-        )
-        return RetrievalGradients(
-            loss.detach(), accuracy, candidates, by_queries[of_rank], by_contexts[contexts_of_rank]
+        whole = retrieval_gradients(all_queries, all_contexts, all_own, passages, self.temperature)
+        return whole._replace(
+            queries=whole.queries[first : first + len(queries)],
+            contexts=whole.contexts[first_context : first_context + len(contexts)],
         )
 
 
@@ -307,6 +298,47 @@ def with_context(batch: Batch, input_ids: Tensor, passage: int) -> Batch:
     }
 
 
+def retrieval_gradients(
+    queries: Tensor,
+    contexts: Tensor,
+    own: Tensor,
+    passages: tuple[Tensor, Tensor] | None,
+    temperature: float,
+) -> RetrievalGradients:
+    """The in-batch retrieval loss and its gradients, in memory that grows with the rows and not with their square.
+
+    The loss is a sum over queries, so some of them at a time are scored with all contexts.
+
+    Args:
+        queries: embeddings, [queries, hidden], float32.
+        contexts: likewise, [contexts, hidden].
+        own: the context that is each query's own, [queries].
+        passages: the numbers of the passages of queries and of contexts, [queries] and [contexts], for
+            `repeated_candidates`. None = every context is a candidate.
+        temperature: scores are divided by it.
+    """
+    rows_at_once = max(SCORES_AT_ONCE // len(contexts), 1)
+    loss, right, left_out = queries.new_zeros(()), own.new_zeros(()), own.new_zeros(())
+    by_queries, by_contexts = torch.empty_like(queries), torch.zeros_like(contexts)
+    contexts = contexts.detach().requires_grad_()
+    for first in range(0, len(queries), rows_at_once):
+        rows = slice(first, first + rows_at_once)
+        some, targets = queries[rows].detach().requires_grad_(), own[rows]
+        with torch.enable_grad():
+            scores = retrieval_scores(some, contexts) / temperature
+            if passages is not None:
+                excluded = repeated_candidates(passages[0][rows], passages[1], targets)
+                left_out += excluded.sum()
+                scores = scores.masked_fill(excluded, -torch.inf)
+            share = cross_entropy(scores, targets, reduction="sum") / len(queries)
+            by_queries[rows], by_these = torch.autograd.grad(share, (some, contexts))
+        by_contexts += by_these
+        loss += share.detach()
+        right += (scores.detach().argmax(dim=1) == targets).sum()
+    candidates = len(contexts) - left_out / len(queries)
+    return RetrievalGradients(loss, right / len(queries), candidates, by_queries, by_contexts)
+
+
 def repeated_candidates(passage: Tensor, context_passage: Tensor, own: Tensor) -> Tensor:
     """Which contexts are no candidates of a query, because their passage is one already, [queries, contexts].
 
@@ -315,8 +347,9 @@ def repeated_candidates(passage: Tensor, context_passage: Tensor, own: Tensor) -
         context_passage: of each context, [contexts].
         own: the context that is each query's own, [queries]; it is a candidate, and no other of its passage is.
     """
-    same = context_passage[:, None] == context_passage[None, :]
-    occurred_before = same.tril(diagonal=-1).any(dim=1)
+    numbers, order = context_passage.sort(stable=True)
+    occurred_before = torch.zeros_like(numbers, dtype=torch.bool)
+    occurred_before[order[1:]] = numbers[1:] == numbers[:-1]
     excluded = (context_passage[None, :] == passage[:, None]) | occurred_before[None, :]
     return excluded.scatter(1, own[:, None], False)
 

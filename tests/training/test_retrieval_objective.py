@@ -14,7 +14,14 @@ from torch import Tensor
 
 from mixlm.data.batching import collate
 from mixlm.data.retrieval import EMPTY_PASSAGE
-from mixlm.training.objectives import RetrievalObjective, repeated_candidates, with_context
+from mixlm.live_memory import LiveMemory
+from mixlm.training import objectives
+from mixlm.training.objectives import (
+    RetrievalObjective,
+    repeated_candidates,
+    retrieval_gradients,
+    with_context,
+)
 from mixlm.training.optimization import OptimizerSettings
 from mixlm.training.sharding import build_engine, number_of_ranks, this_rank
 
@@ -118,6 +125,36 @@ def test_without_numbers_of_passages_every_context_is_a_candidate(family, sizes)
     model(**collate(rows, 0)).loss.backward()
     expected = gradients(model)
     assert_same_gradients(gradients_of_step(model, micro_batches(rows, sizes))[0], expected)
+
+
+def random_step(queries: int, contexts: int, hidden: int = 4) -> tuple[Tensor, ...]:
+    """Embeddings, the place of each query's own context, and numbers of passages that occur more than once."""
+    generator = torch.Generator().manual_seed(0)
+    context_passage = torch.randint(contexts // 2, (contexts,), generator=generator)
+    own = torch.randint(contexts, (queries,), generator=generator)
+    embeddings = (torch.randn(rows, hidden, generator=generator) for rows in (queries, contexts))
+    return (*embeddings, own, (context_passage[own], context_passage))
+
+
+@pytest.mark.parametrize("scores_at_once", [1, 45, 7 * 15 - 1], ids=["a query", "3 queries", "6 queries"])
+@pytest.mark.parametrize("has_passages", [True, False])
+def test_a_large_batch_is_scored_in_parts(monkeypatch, scores_at_once, has_passages):
+    *step, passages = random_step(queries=7, contexts=15)
+    step.append(passages if has_passages else None)
+    whole = retrieval_gradients(*step, temperature=0.5)
+    monkeypatch.setattr(objectives, "SCORES_AT_ONCE", scores_at_once)
+    for found, expected in zip(retrieval_gradients(*step, temperature=0.5), whole, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_memory_does_not_grow_with_the_square_of_a_batch(monkeypatch):
+    rows, at_once = 1024, 2**14
+    step = random_step(rows, rows)
+    monkeypatch.setattr(objectives, "SCORES_AT_ONCE", at_once)
+    with LiveMemory() as memory:
+        retrieval_gradients(*step, temperature=1.0)
+    numbers_of_the_rows = 12 * rows * 4  # queries, contexts, their gradients, places, numbers of passages
+    assert memory.peak() < 17 * at_once + 8 * numbers_of_the_rows < 17 * rows**2 / 10
 
 
 def test_the_loss_and_the_accuracy_of_a_case_done_by_hand():
