@@ -61,16 +61,16 @@ class Labels:
 
 KOREAN = Labels(
     title="글에서 답을 찾아 드립니다",
-    subtitle="글 {count:,}편 가운데 질문과 관련된 것을 찾아 읽고, 답이 되는 대목을 짚어 드립니다.",
+    subtitle="문단 {count:,}개 가운데 질문과 관련된 것을 찾아 읽고, 답이 되는 대목을 짚어 드립니다.",
     question="질문",
     placeholder="궁금한 것을 적어 주세요 (1,000자까지)",
     ask="답 찾기",
     examples="예시 질문",
     answer="답",
-    no_answer="찾은 글에는 답이 없습니다.",
-    nothing_found="질문과 관련된 글을 찾지 못했습니다.",
-    passages="찾아 읽은 글 {count:,}편",
-    legend="벡터, 어휘(BM25), 하이브리드는 글을 찾은 점수이고, 독해는 표시한 대목이 답인지를 매긴 점수입니다.",
+    no_answer="찾은 문단에는 답이 없습니다.",
+    nothing_found="질문과 관련된 문단을 찾지 못했습니다.",
+    passages="찾아 읽은 문단 {count:,}개",
+    legend="벡터, 어휘(BM25), 하이브리드는 문단이 질문에 맞는 정도, 독해는 표시한 대목이 답으로 알맞은 정도입니다.",
     dense="벡터",
     lexical="어휘",
     hybrid="하이브리드",
@@ -78,7 +78,7 @@ KOREAN = Labels(
     busy="지금은 질문이 너무 많습니다. 잠시 뒤에 다시 물어 주세요.",
     empty="질문을 적어 주세요.",
     too_long="질문은 1,000자까지 적을 수 있습니다. 지금은 {count:,}자입니다.",
-    not_text="질문에 글자가 아닌 것이 들어 있습니다.",
+    not_text="질문에 온전하지 않은 글자가 들어 있습니다. UTF-8로 적어 주세요.",
 )
 ENGLISH = Labels(
     title="Answers from your texts",
