@@ -1,7 +1,7 @@
 """Which memory operators have made and not freed yet, at any moment: what profiling and planning count."""
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from itertools import pairwise
 from typing import Any
 
@@ -64,7 +64,7 @@ class LiveMemory(TorchDispatchMode):
         """Now, for `peaks`."""
         return len(self._changes)
 
-    def peak(self, without: set[int] = frozenset()) -> int:
+    def peak(self, without: Set[int] = frozenset()) -> int:
         """The most bytes at any time, not counting some storages."""
         now = highest = 0
         for number, change in self._changes:

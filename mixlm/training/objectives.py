@@ -22,7 +22,7 @@ from .sharding import Engine
 Batch = dict[str, Tensor]
 
 # Of queries with contexts: as many are in memory at once (17 bytes each), however large the global batch is.
-SCORES_AT_ONCE = 2**24
+SCORES_AT_ONCE = 2**22
 
 
 class Term(NamedTuple):
