@@ -18,7 +18,7 @@ class LiveMemory(TorchDispatchMode):
     within itself is not seen. Tensors may be without content (torch's FakeTensor).
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self._changes: list[tuple[int, int]] = []  # (number of a storage, bytes: negative when it is freed)
         self._numbers: dict[int, int] = {}  # of each live storage, by its identity
