@@ -26,16 +26,18 @@ FOLDER = Path(__file__).resolve().parent
 sys.path[:0] = [str(FOLDER), str(FOLDER.parent)]
 
 import numpy as np
+import pages
 import torch
 from measure import interleaved, medians, peak_memory
 from transformers import AutoModelForPreTraining, PreTrainedModel
 
 from mixlm import MixLMConfig, MixLMSwitchConfig
 from mixlm.errors import UserError, exits_on_user_error, one_line
+from mixlm.files import json_text, partial_name, write_whole
 from mixlm.profiling import TrainingStep, random_batch, run
 
 DATA, PICTURE, README = "growth.json", "growth.png", "README.md"
-MARKER = "<!-- growth -->"  # before and after the table in README.md
+PLACE = "growth"  # of the table in README.md
 MINUTES = 8  # of one core, for all series
 
 FEWEST_STEPS = 3
@@ -264,38 +266,19 @@ def keep(kept: dict[str, list[Point]], folder: Path) -> None:
         for name in SERIES
         if name in kept
     }
-    replace(folder / DATA, lambda path: path.write_text(json.dumps(entries, indent=2) + "\n", "utf-8"))
-    text = insert((folder / README).read_text("utf-8"), f"{table(kept)}\n\n![How cost grows]({PICTURE})")
-    replace(folder / README, lambda path: path.write_text(text, "utf-8"))
-    replace(folder / PICTURE, lambda path: draw(kept, path))
-
-
-def replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a file beside `path`, which then takes its place."""
-    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
-    write(partial)
-    os.replace(partial, path)
-
-
-def insert(readme: str, block: str) -> str:
-    """`readme` with `block` between its two markers.
-
-    Raises:
-        UserError: there are not two.
-    """
-    parts = readme.split(MARKER)
-    if len(parts) != 3:
-        raise UserError(f"{README}: the table of growth has lost its place; put two lines {MARKER} there")
-    return f"{parts[0]}{MARKER}\n\n{block}\n\n{MARKER}{parts[2]}"
+    write_whole(folder / DATA, json_text(entries))
+    pages.replace(folder / README, PLACE, f"{table(kept)}\n\n![How cost grows]({PICTURE})")
+    picture = partial_name(folder / PICTURE)
+    draw(kept, picture)
+    picture.replace(folder / PICTURE)
 
 
 def table(kept: dict[str, list[Point]]) -> str:
     """The series as a Markdown table, smallest to largest point, and a line a series that says why."""
-    lines = [
-        "| series | values | CPU time of a step, s | exponent (last doubling) | peak memory of a step, MiB "
-        "| exponent (last doubling) | parameters, millions | exponent (last doubling) |",
-        "|---|---|--:|--:|--:|--:|--:|--:|",
-    ]
+    titles = ["series", "values"]
+    for quantity in ("CPU time of a step, s", "peak memory of a step, MiB", "parameters, millions"):
+        titles += [quantity, "exponent (last doubling)"]
+    lines = [f"| {' | '.join(titles)} |", "|---|---|--:|--:|--:|--:|--:|--:|"]
     reasons = []
     for name in (name for name in SERIES if name in kept):
         first, last = kept[name][0], kept[name][-1]
@@ -372,7 +355,7 @@ def draw(kept: dict[str, list[Point]], out: Path) -> None:
         axis.legend(handles=handles, fontsize=10, loc="upper center", bbox_to_anchor=(0.5, -0.16), frameon=False)
     figure.suptitle("How the cost of a training step grows (one thread; points and fitted power laws)", fontsize=14)
     figure.tight_layout()
-    figure.savefig(out, dpi=100)
+    figure.savefig(out, dpi=100, format="png")
     pyplot.close(figure)
 
 

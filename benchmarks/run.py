@@ -29,6 +29,7 @@ sys.path[:0] = [str(FOLDER), str(FOLDER.parent)]  # the rows' modules, and run_p
 import data_rows
 import engine_rows
 import model_rows
+import pages
 import torch
 from measure import Result, Row
 
@@ -37,7 +38,7 @@ from mixlm.files import json_text, write_whole
 
 REGISTRY: list[Row] = [*model_rows.ROWS, *engine_rows.ROWS, *data_rows.ROWS]
 RESULTS, README = FOLDER / "results.json", FOLDER / "README.md"
-BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+PLACE = "results"  # of the table in README.md
 FAILURE_EXIT_CODE = 1
 
 
@@ -77,35 +78,27 @@ def keep(results: dict[str, Result], registry: Sequence[Row], folder: Path = FOL
     )
     entries = [asdict(result) for result in ordered]
     write_whole(folder / RESULTS.name, json_text(entries))
-    readme = (folder / README.name).read_text("utf-8")
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise UserError(f"{folder / README.name}: the table's place is lost; put the lines {BEGIN} and {END} there")
-    write_whole(folder / README.name, f"{before}{BEGIN}\n\n{table(ordered, registry)}\n\n{END}{after}")
+    pages.replace(folder / README.name, PLACE, table(ordered, registry))
 
 
 def table(results: Sequence[Result], registry: Sequence[Row]) -> str:
     """The results as a Markdown table."""
     descriptions = {name: row.description(name) for row in registry for name in row.names}
-    lines = [
-        "| row | what | value | unit | target | met | shape | threads | pairs |",
-        "|---|---|--:|---|---|---|---|--:|--:|",
+    rows = [
+        {
+            "row": f"`{result.name}`",
+            "what": descriptions.get(result.name, ""),
+            "value": f"**{number(result.value)}**",
+            "unit": result.unit,
+            "target": result.target,
+            "met": {None: "", True: "yes", False: "no"}[result.is_met()],
+            "shape": result.shape,
+            "threads": result.threads,
+            "pairs": result.pairs,
+        }
+        for result in results
     ]
-    for result in results:
-        cells = (
-            f"`{result.name}`",
-            descriptions.get(result.name, ""),
-            f"**{number(result.value)}**",
-            result.unit,
-            result.target,
-            {None: "", True: "yes", False: "no"}[result.is_met()],
-            result.shape,
-            str(result.threads),
-            str(result.pairs),
-        )
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join(lines)
+    return pages.grid(rows, numbers={"value", "threads", "pairs"})
 
 
 def number(value: float) -> str:

@@ -21,6 +21,8 @@ import faiss
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import pages
+
 from mixlm.retrieval.index_dense import KINDS, DenseIndex
 
 RESULTS = Path(__file__).with_suffix(".json")
@@ -29,7 +31,7 @@ PAGES = {
     "retrieval.md": "passages|index|threads|p50 (ms)|p99 (ms)|recall@10|bytes per passage|build (min)",
     "retrieval.ko.md": "문단|색인|스레드|p50(ms)|p99(ms)|recall@10|문단당 바이트|만드는 시간(분)",
 }
-BEGIN, END = "<!-- search speed: begin -->", "<!-- search speed: end -->"
+PLACE = "search speed"  # of the table on each
 DIMENSION, TOP_K = 256, 20
 QUESTIONS, WARM_UP = 500, 20
 ROWS_PER_SHARD = 50_000
@@ -83,22 +85,16 @@ def measure(passages: int, kind: str) -> dict[str, str | int | float]:
     }
 
 
-def table(rows: list[dict], names: list[str]) -> str:
+def table(rows: list[dict], titles: list[str]) -> str:
     """As a page shows them."""
-    lines = [names, ["---"] * len(names), *(list(row.values()) for row in rows)]
-    return "\n".join(
-        "| " + " | ".join(f"{cell:,}" if isinstance(cell, int | float) else cell for cell in line) + " |"
-        for line in lines
-    )
+    shown = [[f"{cell:,}" if isinstance(cell, int | float) else cell for cell in row.values()] for row in rows]
+    return pages.grid([dict(zip(titles, cells, strict=True)) for cells in shown])
 
 
 def put_on_pages(rows: list[dict]) -> None:
-    """Put the table between its marks."""
+    """Put the table in its place on each page."""
     for name, columns in PAGES.items():
-        page = Path(__file__).parents[1] / "docs" / name
-        before, rest = page.read_text("utf-8").split(BEGIN)
-        _, after = rest.split(END)
-        page.write_text(f"{before}{BEGIN}\n\n{table(rows, columns.split('|'))}\n\n{END}{after}", "utf-8")
+        pages.replace(Path(__file__).parents[1] / "docs" / name, PLACE, table(rows, columns.split("|")))
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """Lines of a study's tables with what came of them, and the cells that every table shows of them."""
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,9 +70,3 @@ def difference(line: Line, base: Line, measure: Callable[[dict[str, Any]], float
     common = sorted(line.results.keys() & base.results.keys())
     differences = [measure(line.results[seed]) - measure(base.results[seed]) for seed in common]
     return spread(differences, sign="+", digits=digits) + (" (1 seed)" if len(common) == 1 else "")
-
-
-def grid(rows: Sequence[dict[str, Any]]) -> str:
-    """A markdown table of rows with the same columns."""
-    lines = [f"| {' | '.join(rows[0])} |", "|---" * len(rows[0]) + "|"]
-    return "\n".join([*lines, *(f"| {' | '.join(map(str, row.values()))} |" for row in rows)])

@@ -12,6 +12,7 @@ tables/scaling.jsonl.
 import argparse
 import re
 import statistics
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,18 @@ from typing import Any
 import matplotlib
 import numpy as np
 from gains import rows_of_gains
-from lines import Line, beginning_of_row, difference, grid, lines_of, loss_of, spread
+from lines import Line, beginning_of_row, difference, lines_of, loss_of, spread
 from scaling import draw_scaling, rows_of_laws, rows_of_runs, save
 from study import FOLDER, RESULTS, TABLES, read_results
 
 matplotlib.use("Agg")  # no screen
 from matplotlib import pyplot
 from matplotlib.axes import Axes
+
+sys.path.insert(0, str(FOLDER.parent))
+from pages import grid, replaced
+
+from mixlm.files import write_whole
 
 DOCUMENTS = FOLDER.parents[1] / "docs"
 PAGE = DOCUMENTS / "experiments.md"
@@ -51,19 +57,18 @@ HYBRID_COLUMNS = {
     "gain @1": ("gain/accuracy@1", "+"),
 }
 GREATEST_P = "p, at most"
-_TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-_GAINS = re.compile(r"(<!-- gains -->\n).*?(<!-- end -->)", re.DOTALL)
+_TABLE = re.compile(r"<!-- (table: (\w+)) -->")
 
 
 def markdown(lines: Sequence[Line], rows_of: Callable[[Sequence[Line]], list[dict[str, Any]]] | None = None) -> str:
     """A table of the lines that have results, and how many of its runs are made; by task unless `rows_of` is given."""
     made, planned = sum(len(line.results) for line in lines), sum(line.seeds for line in lines)
     if not made:
-        return "Not run yet.\n"
+        return "Not run yet."
     task = next(result["task"] for line in lines for result in line.results.values())
     rows = (rows_of or ROWS[task])([line for line in lines if line.results])
     missing = f"\n\n{made} of {planned} runs are made." if made < planned else ""
-    return f"{grid(rows)}{missing}\n"
+    return f"{grid(rows)}{missing}"
 
 
 def rows_of_pretraining(lines: Sequence[Line]) -> list[dict[str, Any]]:
@@ -136,16 +141,13 @@ ROWS = {None: rows_of_pretraining, "reading": rows_of_reading, "retrieval": rows
 
 def rewrite(page: str, results: Sequence[dict[str, Any]]) -> str:
     """The page with its tables made anew."""
-
-    def table(match: re.Match) -> str:
-        begin, name, end = match.groups()
+    for place, name in _TABLE.findall(page):
         lines = lines_of(TABLES / f"{name}.jsonl", results)
+        block = markdown(lines)
         if name == SCALING_TABLE and any(line.results for line in lines):
-            return f"{begin}\n{markdown(lines, rows_of_runs)}\n{grid(rows_of_laws(lines))}\n\n{end}"
-        return f"{begin}\n{markdown(lines)}\n{end}"
-
-    page = _TABLE.sub(table, page)
-    return _GAINS.sub(lambda match: f"{match[1]}\n{grid(rows_of_gains(results))}\n\n{match[2]}", page)
+            block = f"{markdown(lines, rows_of_runs)}\n\n{grid(rows_of_laws(lines))}"
+        page = replaced(page, place, block)
+    return replaced(page, "gains", grid(rows_of_gains(results)))
 
 
 def minutes_of(result: dict[str, Any]) -> list[float]:
@@ -236,7 +238,7 @@ FIGURES = {
 def main(argv: Sequence[str] | None = None) -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(argv)
     results = read_results(RESULTS)
-    PAGE.write_text(rewrite(PAGE.read_text("utf-8"), results), "utf-8")
+    write_whole(PAGE, rewrite(PAGE.read_text("utf-8"), results))
     for table, (draw, figure) in FIGURES.items():
         if lines := [line for line in lines_of(TABLES / f"{table}.jsonl", results) if line.results]:
             draw(lines, figure)

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import growth
+import pages
 import pytest
 from growth import SERIES, Plan, Point
 
@@ -31,7 +32,7 @@ class Measured:
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    (tmp_path / "README.md").write_text(f"# Title\n\n{growth.MARKER}\n{growth.MARKER}\n\nThe end.\n", "utf-8")
+    (tmp_path / "README.md").write_text("# Title\n\n<!-- growth -->\n<!-- end -->\n\nThe end.\n", "utf-8")
     monkeypatch.setattr(growth, "draw", lambda kept, out: out.write_text(", ".join(kept), "utf-8"))
     return tmp_path
 
@@ -109,8 +110,8 @@ class TestKeeping:
             growth.keep({"layers": points("layers"), "length": points("length")}, folder)
         assert growth.read_points(folder / "growth.json") == {"length": points("length"), "layers": points("layers")}
         text = (folder / "README.md").read_text("utf-8")
-        assert text.startswith(f"# Title\n\n{growth.MARKER}\n\n| series |")
-        assert text.endswith(f"![How cost grows](growth.png)\n\n{growth.MARKER}\n\nThe end.\n")
+        assert text.startswith("# Title\n\n<!-- growth -->\n\n| series |")
+        assert text.endswith("![How cost grows](growth.png)\n\n<!-- end -->\n\nThe end.\n")
         assert text.count("| **length** |") == 1
         assert json.loads((folder / "growth.json").read_text("utf-8"))["length"]["exponents"]["seconds"]["all"] == (
             pytest.approx(1.0)
@@ -122,12 +123,9 @@ class TestKeeping:
         with pytest.raises(UserError, match="not the points of series"):
             growth.read_points(folder / "growth.json")
 
-    def test_a_lost_place_of_the_table_is_named(self):
-        with pytest.raises(UserError, match="lost its place"):
-            growth.insert("nothing here", "table")
-
     def test_the_committed_readme_has_a_place(self):
-        assert "block" in growth.insert((growth.FOLDER / "README.md").read_text("utf-8"), "block")
+        page = (growth.FOLDER / growth.README).read_text("utf-8")
+        assert "block" in pages.replaced(page, growth.PLACE, "block")
 
     def test_the_picture(self, tmp_path):
         pyplot = pytest.importorskip("matplotlib.pyplot")

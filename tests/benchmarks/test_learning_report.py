@@ -34,7 +34,7 @@ def test_a_table_compares_with_its_first_line(tmp_path):
         "",
         "3 of 4 runs are made.",
     ]
-    assert report.markdown(report.lines_of(file, [])) == "Not run yet.\n"
+    assert report.markdown(report.lines_of(file, [])) == "Not run yet."
 
 
 def test_help_says_what_the_program_is_for_and_writes_nothing(monkeypatch, capsys):

@@ -54,7 +54,7 @@ def failing(name: str, error: Exception) -> Row:
 
 @pytest.fixture
 def folder(tmp_path):
-    (tmp_path / "README.md").write_text(f"# Title\n\n{run.BEGIN}\n{run.END}\n\nThe end.\n", "utf-8")
+    (tmp_path / "README.md").write_text("# Title\n\n<!-- results -->\n<!-- end -->\n\nThe end.\n", "utf-8")
     return tmp_path
 
 
@@ -144,7 +144,7 @@ class TestKeeping:
 
     def test_a_lost_place_of_the_table_is_named(self, folder):
         (folder / "README.md").write_text("nothing here", "utf-8")
-        with pytest.raises(UserError, match="the table's place is lost"):
+        with pytest.raises(UserError, match="README.md: the place of results is lost"):
             run.keep({"a": result("a")}, [row("a")], folder)
 
 
@@ -165,8 +165,8 @@ class TestTable:
         for value in (2.0, 3.0):
             run.keep({"a": result("a", value)}, [row("a")], folder)
         text = (folder / "README.md").read_text("utf-8")
-        assert text.startswith(f"# Title\n\n{run.BEGIN}\n\n| row |")
-        assert text.endswith(f"| 5 |\n\n{run.END}\n\nThe end.\n")
+        assert text.startswith("# Title\n\n<!-- results -->\n\n| row |")
+        assert text.endswith("| 5 |\n\n<!-- end -->\n\nThe end.\n")
         assert text.count("`a`") == 1 and "**3**" in text
 
     def test_the_readme_shows_the_kept_results(self):
