@@ -2,6 +2,7 @@ import json
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,7 @@ def test_every_build_gives_the_same_bytes(folder, tmp_path):
 
 
 def test_a_new_index_takes_the_place_of_the_old_one(folder):
+    (folder / ".manifest.json.partial").write_text("{")  # of a `store_tuning` that was killed
     build_index(PASSAGES[:1], folder, BigramAnalyser())
     assert len(open_index(folder).passages) == 1
     assert [path.name for path in folder.parent.iterdir()] == ["index"]
@@ -176,6 +178,20 @@ def test_a_damaged_manifest_is_refused(folder):
 def test_an_index_of_another_library_is_refused(folder, monkeypatch):
     monkeypatch.setattr(index_module, "version", lambda name: "0.1.0")
     assert_refused(folder, "was built with bm25s", "0.1.0 is installed")
+
+
+@pytest.mark.parametrize(("number", "is_another"), [(0, True), (1, True), (2, False)])
+def test_corrections_of_a_library_change_no_index(folder, monkeypatch, number, is_another):
+    def other(name):
+        numbers = version(name).split(".")
+        numbers[number] = "999"
+        return ".".join(numbers)
+
+    monkeypatch.setattr(index_module, "version", other)
+    if is_another:
+        assert_refused(folder, "was built with bm25s", "999")
+    else:
+        assert len(open_index(folder).passages) == 3
 
 
 def test_what_a_library_cannot_read_is_one_line(folder, monkeypatch):
