@@ -11,7 +11,7 @@ from mixlm.data.passages import Passage
 from mixlm.errors import UserError
 from mixlm.retrieval import index as index_module
 from mixlm.retrieval.analysers import BigramAnalyser, MorphemeAnalyser
-from mixlm.retrieval.index import build_index, open_index
+from mixlm.retrieval.index import build_index, is_tuned, open_index
 
 PASSAGES = [Passage("a", "제주도", "섬이다."), Passage("b", "", "학교에 갔다."), Passage("c", "", "dogs run")]
 
@@ -74,6 +74,13 @@ def test_tuning_keeps_what_another_process_has_stored(folder):
     manifest = open_index(folder).manifest
     assert (manifest["hybrid"], manifest["answers"]) == ({"weight": 0.4}, {"weight": 8.0})
     assert one.weight == 0.4 and other.weight is None
+
+
+@pytest.mark.parametrize("of", ["hybrid", "answers"])
+def test_an_index_is_tuned_once_something_is_stored(folder, of):
+    assert not is_tuned(folder) and not is_tuned(folder / "absent")
+    open_index(folder).store_tuning(of, {"weight": None})
+    assert is_tuned(folder)
 
 
 def test_what_an_index_was_tuned_to_is_not_stored_in_another(folder):
