@@ -18,6 +18,7 @@ from mixlm import (
     MixLMSwitchForQuestionAnswering,
     MixLMSwitchForRetrieval,
 )
+from mixlm.heads import classification_loss, masked_lm_loss, position_loss, retrieval_scores
 
 MASKED_LM = pytest.mark.parametrize("model_class", [MixLMForMaskedLM, MixLMSwitchForMaskedLM])
 QUESTION_ANSWERING = pytest.mark.parametrize(
@@ -604,4 +605,36 @@ def test_hidden_states_are_those_of_the_first_input(model_class, objective):
     expected = model.encoder(**{name: batch[name] for name in names}, output_hidden_states=True).hidden_states
     assert len(output.hidden_states) == len(expected) == 3
     for ours, theirs in zip(output.hidden_states, expected, strict=True):
+        same(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_losses_of_16_bits_are_added_up_in_32(dtype):
+    generator = torch.Generator().manual_seed(0)
+    logits = (3 * torch.randn(400, 7, generator=generator)).to(dtype)
+    targets, real = torch.randint(7, (400,), generator=generator), torch.ones(400, 7)
+    for loss in (masked_lm_loss, classification_loss, lambda *each: position_loss(*each, real)):
+        found = loss(logits, targets)
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, loss(logits.float(), targets), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_inner_products_are_not_rounded_by_autocast(dtype):
+    vectors = 100 * torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", dtype):
+        found = retrieval_scores(vectors, vectors)
+    assert torch.equal(found, retrieval_scores(vectors, vectors)) and found.diagonal().min() > 2**17  # beyond fp16
+
+
+@RETRIEVAL
+def test_a_configuration_without_return_dict_gives_the_same_as_a_tuple(model_class):
+    model = build(model_class, two_towers=True)
+    batch = random_batch(model.config, [5, 3])
+    inputs = {**batch, "context_input_ids": batch["input_ids"], "context_attention_mask": batch["attention_mask"]}
+    expected = model(**inputs)
+    model.config.return_dict = False
+    found = model(**inputs)
+    assert isinstance(found, tuple)
+    for ours, theirs in zip(found, expected.to_tuple(), strict=True):
         same(ours, theirs)

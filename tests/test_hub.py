@@ -2,11 +2,14 @@
 
 import hashlib
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 from hub_stand_in import TOKEN, HubStandIn, is_large
+from huggingface_hub import HfApi
+from huggingface_hub.utils import are_progress_bars_disabled, logging
 from remote_models import tiny_model, tiny_tokenizer
 
 import mixlm
@@ -148,6 +151,21 @@ def test_a_public_repository_is_not_taken_for_a_private_one(tmp_path, hub):
     assert hub.repositories[NAME] == {} and hub.arrived == []
 
 
+@pytest.mark.parametrize(("private", "said"), [(True, True), (False, None)])
+def test_who_may_see_a_new_repository_is_left_to_the_settings_there_unless_it_is_private(
+    hub, monkeypatch, private, said
+):
+    create, asked = HfApi.create_repo, []
+
+    def create_and_note(api, *arguments, **options):
+        asked.append(options["private"])
+        return create(api, *arguments, **options)
+
+    monkeypatch.setattr(HfApi, "create_repo", create_and_note)
+    open_repository(NAME, private)
+    assert asked == [said]
+
+
 @pytest.mark.parametrize(
     "name", ["tiny", "", "a/b/c", "a b/c", "someone/", "/tiny", "someone/-x", "../etc", "a/b.git"]
 )
@@ -203,6 +221,22 @@ def test_a_card_that_cannot_be_had_is_not_taken_for_none(hub):
     hub.refuse(r"HEAD .+README\.md", 403)
     with pytest.raises(HubError):
         card_on_hub(NAME)
+
+
+@pytest.mark.parametrize("status", [None, 403])
+def test_a_quiet_push_leaves_bars_and_messages_as_they_were(tmp_path, hub, status):
+    folder = saved(tmp_path / "run")
+    open_repository(NAME, private=False)
+    if status is not None:
+        hub.refuse(r"POST /api/models/.+/commit/.+", status)
+    before = logging.get_verbosity()
+    logging.set_verbosity_info()
+    try:
+        with suppress(HubError):
+            push_files(folder, files_to_push(folder), NAME, "a push", quiet=True)
+        assert not are_progress_bars_disabled() and logging.get_verbosity() == logging.INFO
+    finally:
+        logging.set_verbosity(before)
 
 
 def test_what_is_pushed_is_the_model(tmp_path, hub):

@@ -665,3 +665,17 @@ class TestScoresAreUsedUp:
         getattr(model.stack, part)[1].register_forward_hook(lambda module, inputs, outputs: inner.append(outputs[0]))
         model(**batch_of(model))
         inner[0].sum().backward()
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_gradients_of_16_bits_are_added_up_in_32_over_many_blocks(recompute):
+    """In bfloat16 itself nothing of a block would be added any more from some hundreds on."""
+    shapes = {"up_weight": (1, 8, 4), "up_bias": (1, 8), "down_weight": (1, 4, 8), "down_bias": (1, 4)}
+    weights = {name: torch.ones(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
+    weights["up_bias"].zero_()
+    for weight in weights.values():
+        weight.requires_grad_()
+    tokens = torch.ones(1000, 4, dtype=torch.bfloat16)
+    kernels.expert_feed_forward(tokens, [1000], **weights, activation="relu", recompute=recompute).sum().backward()
+    for name, expected in {"up_weight": 4000, "up_bias": 4000, "down_weight": 4000, "down_bias": 1000}.items():
+        assert (weights[name].grad == expected).all(), name

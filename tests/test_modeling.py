@@ -28,7 +28,7 @@ from mixlm import (
     MixLMSwitchModel,
 )
 from mixlm.modeling_mixlm import kernel_sizes
-from mixlm.modeling_switch import router_loss
+from mixlm.modeling_switch import Router, router_loss
 
 HEADS = [
     (model_class, fields)
@@ -495,6 +495,22 @@ class TestInputs:
 
 
 @EVERY_HEAD
+def test_initial_values(model_class, fields):
+    sizes = {"vocab_size": 100, "hidden_size": 48, "num_hidden_layers": 1, "ff_dim": 96, "max_position_embeddings": 40}
+    torch.manual_seed(0)
+    model = model_class(model_class.config_class(**sizes, num_heads=2, n_experts=3, initializer_range=0.05, **fields))
+    for name, parameter in model.state_dict().items():
+        if name == "pooler.weight":
+            assert (parameter == 1 / 32).all()
+        elif "norm" in name.lower() and name.endswith("weight"):
+            assert (parameter == 1).all(), name
+        elif name.endswith("bias"):
+            assert (parameter == 0).all(), name
+        else:
+            assert float(parameter.std()) == pytest.approx(0.05, rel=0.25) and abs(parameter.mean()) < 0.02, name
+
+
+@EVERY_HEAD
 @pytest.mark.parametrize("ln_pos, shared_parameters", [(0, "all"), (1, "ffn"), (1, "attention")])
 def test_every_parameter_gets_a_gradient(model_class, fields, ln_pos, shared_parameters):
     model = small_model(
@@ -776,6 +792,15 @@ class TestSwitch:
             loss = router_loss(logits, real, 1.0, 0.1)
         assert loss == expected
         assert torch.equal(*(torch.autograd.grad(each, logits)[0] for each in (loss, expected)))
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_the_choice_of_an_expert_is_not_rounded(self, dtype):
+        torch.manual_seed(0)
+        router, hidden = Router(24, 3), torch.randn(2, 50, 24)
+        with torch.autocast("cpu", dtype=dtype):
+            found = router(hidden)
+        assert found.dtype == torch.float32 and torch.equal(found, router(hidden))
+        assert router.to(dtype)(hidden.to(dtype)).dtype == torch.float32
 
     @pytest.mark.filterwarnings("ignore")
     def test_a_trace_routes_the_tokens_it_is_given(self):

@@ -160,6 +160,18 @@ class TestTraining:
         tokenizer = train_tokenizer(["가☃나 가☃나", "가 나 가 나 가 나 가 나"], 13, show_progress=False)
         assert set(tokenizer.get_vocab()) == {*SPECIAL_TOKENS, "가", "나", "##가", "##나"}
 
+    def test_equally_rare_characters_are_left_out_in_the_same_order_whatever_that_of_the_text(self):
+        sentences = [*(["가나 가나"] * 2000), *"다라마바사아자차"]
+        vocabularies = [
+            train_tokenizer(each, 30, show_progress=False).get_vocab() for each in (sentences, sentences[::-1])
+        ]
+        assert vocabularies[0] == vocabularies[1] and 1 <= len({*"다라마바사아자차"} & vocabularies[0].keys()) < 8
+
+    def test_nothing_is_learned_from_what_is_too_long_for_a_word(self):
+        blocks = ["가나" * (LONGEST_WORD // 2 + 1)] * 5
+        tokens = train_tokenizer([*blocks, "다라 다라"], 100, show_progress=False).get_vocab().keys()
+        assert "다라" in tokens and tokens == {*SPECIAL_TOKENS, *"가나다라", "##가", "##나", "##다", "##라", "다라"}
+
     def test_long_words(self, trained):
         assert trained.unk_token not in cut(trained, "나는" * (LONGEST_WORD // 2))
         assert cut(trained, "나" * (LONGEST_WORD + 1)) == [trained.unk_token]
@@ -421,6 +433,8 @@ class TestWordStartTable:
             tokenizer_object=Tokenizer(models.BPE(vocabulary, [])), cls_token="<s>", additional_special_tokens=["<x>"]
         )
         assert word_start_table(tokenizer).tolist() == [True, True, False, True, False, True]
+        tokenizer.add_tokens(["새말"])  # which is no special one
+        assert word_start_table(tokenizer).tolist() == [True, True, False, True, False, True, True]
 
     def test_refused_where_nothing_marks_a_word(self):
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE({"a": 0, "b": 1}, [])))

@@ -442,7 +442,8 @@ def _best_first(scores: np.ndarray, count: int) -> list[int]:
 def _windows_of_most_context(borders: Sequence[tuple[int, int]], tokens: int) -> np.ndarray:
     """For each token of a context, which of the windows (first, last exclusive) shows it best, [tokens].
 
-    That is the one with the most text on the side of the token where there is less; of equals the first.
+    That is the one with the most text on the side of the token where there is less, to which a hundredth of its
+    own length is added; of equals the first.
     """
     most = np.full(tokens, -1.0)
     best = np.zeros(tokens, dtype=np.int64)

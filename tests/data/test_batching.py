@@ -83,6 +83,21 @@ def test_each_row_comes_once_an_epoch(options):
     assert len(order_of_lengths) == 2
 
 
+def test_each_epoch_leaves_other_rows_over():
+    batches, left_over, position = LengthBucketedBatches(LENGTHS, seed=1, rows_per_step=24), [], None
+    for _ in range(4):
+        steps = epoch_of_steps(batches, position)
+        position = steps[-1][0]
+        left_over.append(set(range(1000)).difference(*(rows_of(micro_batches) for _, micro_batches in steps)))
+    assert {len(rows) for rows in left_over} == {1000 % 24} and len(set.union(*left_over)) > 3 * (1000 % 24)
+
+
+def test_each_window_has_its_batches_in_another_order():
+    steps = epoch_of_steps(LengthBucketedBatches(LENGTHS, seed=1, rows_per_step=10, window_steps=10))
+    longest = np.array([LENGTHS[rows_of(micro_batches)].max() for _, micro_batches in steps]).reshape(10, 10)
+    assert len({tuple(order) for order in np.argsort(longest, kind="stable").tolist()}) == 10
+
+
 def test_rows_mode_has_a_known_number_of_full_steps():
     batches = LengthBucketedBatches(LENGTHS, seed=1, rows_per_step=24, window_steps=8)
     steps = epoch_of_steps(batches)

@@ -110,6 +110,14 @@ def test_every_token_is_chosen_equally_often_as_single_tokens():
     assert np.abs(counts / 4000 - 6 / 40).max() < 5 * np.sqrt(0.15 * 0.85 / 4000)
 
 
+@pytest.mark.parametrize("unit", UNITS)
+def test_every_part_of_a_text_is_chosen_equally_often(unit):
+    random = np.random.default_rng(0)
+    masker = make_masker(unit)
+    counts = sum((masker(random.integers(5, VOCAB_SIZE, 80), random)[1] >= 0).astype(int) for _ in range(400))
+    assert counts.reshape(4, 20).sum(axis=1) / counts.sum() == pytest.approx(np.full(4, 1 / 4), abs=0.03)
+
+
 def test_ngram_lengths_are_in_proportion_to_one_over_n():
     ids = np.full(5000, 5)  # words of one token
     words = make_masker()._words(ids)

@@ -167,6 +167,24 @@ class TestWindows:
         positions = [windows[0, number]["start_positions"] for number in range(len(windows))]
         assert positions[0] == 0 and positions[-1] > 0
 
+    @pytest.mark.parametrize("count", [260, 261, 262, 263])
+    def test_the_window_of_most_context_is_that_of_run_squad(self, count):
+        """A hundredth of the window's length counts too: the last one may be more than 100 tokens shorter."""
+        windows = ReadingWindows([question("서 " * count)], TOKENIZER, 256, doc_stride=128, max_query_length=5)
+        of_example = windows.windows_of(0)
+        borders = [(128 * number, 128 * number + len(window.offsets)) for number, window in enumerate(of_example)]
+        assert borders[-1][1] == count and len(borders) > 1
+        for token in range(count):
+            scores = [
+                min(token - first, last - 1 - token) + 0.01 * (last - first) if first <= token < last else -1
+                for first, last in borders
+            ]
+            flags = [
+                first <= token < last and bool(window.has_max_context[token - first])
+                for window, (first, last) in zip(of_example, borders, strict=True)
+            ]
+            assert flags == [number == scores.index(max(scores)) for number in range(len(borders))]
+
     @pytest.mark.parametrize("beside", [-1, 0, 1, 5, 6, 7])
     def test_a_context_that_just_fits(self, beside):
         context = words(60)
@@ -202,6 +220,26 @@ class TestWindows:
         context = "the quick brown fox"
         windows = ReadingWindows([question(context, "ick brow")], TOKENIZER)
         assert predict(windows, *gold_logits(windows)).predictions["q"] == "quick brown"
+
+    def test_what_stands_directly_beside_an_answer_is_none_of_it(self):
+        windows = ReadingWindows([question("(서울)", "서울")], TOKENIZER)
+        assert predict(windows, *gold_logits(windows)).predictions["q"] == "서울"
+
+    def test_an_answer_is_learned_from_the_windows_that_hold_all_of_it(self):
+        context = words(40)
+        encoded = TOKENIZER(context, add_special_tokens=False, return_offsets_mapping=True)
+        places = encoded["offset_mapping"]
+        for first in range(len(places) - 3):
+            answer = (places[first][0], places[first + 3][1])
+            windows = ReadingWindows([question(context, answer)], TOKENIZER, **SMALL)
+            for number, window in enumerate(windows.windows_of(0)):
+                shown = [tuple(each) for each in window.offsets]
+                start, end = windows[0, number]["start_positions"], windows[0, number]["end_positions"]
+                if places[first] in shown and places[first + 3] in shown:
+                    assert shown[start - window.context_position] == places[first]
+                    assert shown[end - window.context_position] == places[first + 3]
+                else:
+                    assert start == end == 0
 
     def test_the_first_answer_is_learned(self):
         context = "서울 부산 서울"
@@ -381,6 +419,14 @@ class TestBestSpans:
     def test_scores_that_are_no_numbers(self, wrong):
         with pytest.raises(UserError, match="window 0 are not all finite"):
             self.best([0, wrong, 0, 0], [0] * 4)
+        with pytest.raises(UserError, match="window 0 are not all finite"):
+            self.best([0] * 4, [0, 0, wrong, 0])
+
+    def test_scores_are_sums_beyond_what_the_logits_can_hold(self):
+        starts, ends = np.array([0, 60000, 1, 1, 1, 0], np.float16), np.array([0, 32, 60000, 1, 1, 0], np.float16)
+        best, second, *_ = best_spans(self.CONTEXT, [window_of(self.OFFSETS)], [starts], [ends])
+        assert best == Span("ab cd", 0, 5, 120_000.0, 60_000.0, 60_000.0)
+        assert second == Span("ab", 0, 2, 60_032.0, 60_000.0, 32.0)
 
     def test_null_span(self):
         starts, ends = [np.array([3, 9.0]), np.array([1, 9.0])], [np.array([0, 9.0]), np.array([1.5, 9.0])]
@@ -415,6 +461,14 @@ class TestPredict:
         assert [each["text"] for each in candidates].count("") == 1
         assert result.nbest_predictions["b"][0]["text"] == ""
         assert json.loads(json.dumps(result.nbest_predictions)) == result.nbest_predictions
+
+    @pytest.mark.parametrize("shift", [-1000, 1000])
+    def test_probabilities_of_scores_of_any_size(self, windows, shift):
+        starts, ends = self.logits(windows, (0.5, 2))
+        shifted = predict(windows, [each + shift for each in starts], ends, unanswerable=True).nbest_predictions
+        for name, candidates in predict(windows, starts, ends, unanswerable=True).nbest_predictions.items():
+            expected = [each["probability"] for each in candidates]
+            assert [each["probability"] for each in shifted[name]] == pytest.approx(expected)
 
     def test_without_unanswerable_questions(self, windows):
         result = predict(windows, *self.logits(windows, (9, 9)))

@@ -11,6 +11,7 @@ from itertools import islice
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -21,7 +22,7 @@ from mixlm.data.examples import InverseClozeExamples, SentenceOrderExamples
 from mixlm.data.masking import TokenMasker
 from mixlm.data.store import open_corpus
 from mixlm.errors import UserError
-from mixlm.files import earlier_name, partial_name
+from mixlm.files import earlier_name, partial_name, write_json
 
 SPECIAL_TOKENS = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
 TEXT = "aa b c\nb ab\n\na\n\nc c c\nabc\nb\n"  # three documents
@@ -240,6 +241,14 @@ def test_a_damaged_store_is_noticed_and_built_again(corpus_file, tokenizer, cach
     assert len(builds) == 2
 
 
+@pytest.mark.parametrize("name", ["num_documents", "num_sentences", "num_tokens"])
+def test_a_manifest_that_counts_otherwise_than_the_columns_is_noticed(corpus_file, tokenizer, cache, builds, name):
+    corpus = open_small(corpus_file, tokenizer, cache)
+    manifest = json.loads((corpus.folder / "manifest.json").read_text("utf-8"))
+    write_json(corpus.folder / "manifest.json", {**manifest, name: manifest[name] - 1})
+    assert getattr(open_small(corpus_file, tokenizer, cache), name) == manifest[name] and len(builds) == 2
+
+
 def open_and_count(corpus_file, cache, start, results):
     built = []
 
@@ -440,6 +449,15 @@ def test_a_leftover_that_disappears_meanwhile_is_no_error(corpus_file, tokenizer
     monkeypatch.setattr(store.shutil, "rmtree", after_another)
     store._remove_leftovers(cache)
     assert not list(cache.glob("*.partial"))
+
+
+def test_what_another_process_is_building_is_no_leftover(cache):
+    being_built, left = cache / ".corpus-0123.partial", cache / ".corpus-4567.partial"
+    for folder in (being_built, left):
+        folder.mkdir(parents=True)
+    with FileLock(cache / "corpus-0123.lock"):
+        store._remove_leftovers(cache)
+    assert being_built.is_dir() and not left.exists()
 
 
 def test_the_longest_sentence_is_found_whatever_the_pieces(corpus_file, tokenizer, cache, monkeypatch):

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from mixlm.errors import UserError
 from mixlm.evaluation import METRICS, metric_path
 from mixlm.evaluation.reading import (
+    count_korean,
     korquad_characters,
     korquad_v1,
     normalize_korquad,
@@ -24,6 +26,7 @@ from mixlm.evaluation.reading import (
     squad_v1,
     squad_v2,
     squad_words,
+    usual_metric,
 )
 
 REPOSITORY = Path(__file__).parent.parent.parent
@@ -291,6 +294,19 @@ def test_records_by_id():
     assert records_by_id(records, lambda record: record["text"]) == {"1": "a", "2": "b"}
     with pytest.raises(UserError, match="question '1' comes twice"):
         records_by_id([*records, {"id": "1", "text": "c"}], lambda record: record["text"])
+
+
+@pytest.mark.parametrize(
+    ("contexts", "korean", "name"),
+    [
+        (["세종", "King Sejong", unicodedata.normalize("NFD", "한글")], 2, "korquad_v1"),
+        (["Sejong (세종)", "Seoul", "서울", "Busan"], 2, "squad_v1"),  # not most of them
+        (["世宗", "セジョン"], 0, "squad_v1"),
+        ([], 0, "squad_v1"),
+    ],
+)
+def test_korquad_is_usual_where_most_texts_have_hangul(contexts, korean, name):
+    assert (count_korean(contexts), usual_metric(contexts)) == (korean, name)
 
 
 class TestModules:

@@ -1,6 +1,7 @@
 """Metrics of retrieval against numbers worked out by hand and against trec_eval's own code."""
 
 import math
+import warnings
 from itertools import product
 
 import pytest
@@ -73,6 +74,7 @@ class TestByHand:
             "2": [("b", 9.0), ("a", 8.0)],  # at rank 2
             "3": [],
             "5": [("a", 1.0)],
+            "6": [],  # neither judged nor found
         }
         qrels = {"1": {"b": 1}, "2": {"a": 1}, "3": {"a": 1}, "4": {"a": 0}}
         found = retrieval_metrics(hits, qrels)
@@ -93,7 +95,8 @@ class TestRanking:
 
     def test_scores_that_single_precision_does_not_tell_apart_are_ties(self):
         assert ranking([("a", 1 + 1e-9), ("b", 1.0)]) == ["b", "a"]
-        assert ranking([("a", 1e300), ("b", 1e200)]) == ["b", "a"]
+        with warnings.catch_warnings(action="error"):
+            assert ranking([("a", 1e300), ("b", 1e200)]) == ["b", "a"]
 
     def test_not_a_number(self):
         with pytest.raises(UserError, match=r"'b' is not a number \(NaN\)"):
@@ -164,6 +167,15 @@ class TestAnswerScores:
         assert scores["accuracy@5"] == {"1": 1.0, "2": 1.0, "3": 0.0, "4": 0.0}
         assert mean_percent(scores["accuracy@5"]) == 50.0
         assert all(name.startswith("accuracy@") for name in scores)
+
+    def test_each_cutoff_has_its_hits(self):
+        texts = {f"{rank:03}": "한양" if rank == 77 else "서울" for rank in range(1, 120)}
+        hits = {"1": [(passage, -float(passage)) for passage in texts]}
+        scores = answer_scores(hits, texts, {"1": ["한양"]})
+        assert {name: of_name["1"] for name, of_name in scores.items()} == {
+            **dict.fromkeys(("accuracy@1", "accuracy@5", "accuracy@10", "accuracy@20"), 0.0),
+            "accuracy@100": 1.0,
+        }
 
     def test_hangul_written_as_its_letters_is_the_same(self):
         decomposed = "\u1112\u1161\u11ab\u110b\u1163\u11bc"

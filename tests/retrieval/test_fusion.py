@@ -50,6 +50,11 @@ def test_equal_scores():
     assert [row for row, _ in reciprocal_rank_fusion([same, turned], 10, smaller_row)] == [3, 5]
 
 
+def test_scores_that_single_precision_does_not_tell_apart_are_equal():
+    hits = [PassageHit(5, 1.0), PassageHit(3, 1 - 1e-10), PassageHit(9, 0.0)]
+    assert interpolation(hits, [], 1.0, 10, smaller_row) == [(3, 1.0), (5, 1.0), (9, 0.0)]
+
+
 @st.composite
 def rankings(draw):
     scores = draw(st.dictionaries(st.integers(0, 12), st.integers(-20, 20), min_size=1))

@@ -2,6 +2,7 @@ import json
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from mixlm.data.passages import Passage
 from mixlm.errors import UserError
 from mixlm.retrieval import index as index_module
 from mixlm.retrieval.analysers import BigramAnalyser, MorphemeAnalyser
-from mixlm.retrieval.index import build_index, open_index
+from mixlm.retrieval.index import build_index, is_tuned, open_index
 
 PASSAGES = [Passage("a", "제주도", "섬이다."), Passage("b", "", "학교에 갔다."), Passage("c", "", "dogs run")]
 
@@ -59,6 +60,7 @@ def test_every_build_gives_the_same_bytes(folder, tmp_path):
 
 
 def test_a_new_index_takes_the_place_of_the_old_one(folder):
+    (folder / ".manifest.json.partial").write_text("{")  # of a `store_tuning` that was killed
     build_index(PASSAGES[:1], folder, BigramAnalyser())
     assert len(open_index(folder).passages) == 1
     assert [path.name for path in folder.parent.iterdir()] == ["index"]
@@ -72,6 +74,13 @@ def test_tuning_keeps_what_another_process_has_stored(folder):
     manifest = open_index(folder).manifest
     assert (manifest["hybrid"], manifest["answers"]) == ({"weight": 0.4}, {"weight": 8.0})
     assert one.weight == 0.4 and other.weight is None
+
+
+@pytest.mark.parametrize("of", ["hybrid", "answers"])
+def test_an_index_is_tuned_once_something_is_stored(folder, of):
+    assert not is_tuned(folder) and not is_tuned(folder / "absent")
+    open_index(folder).store_tuning(of, {"weight": None})
+    assert is_tuned(folder)
 
 
 def test_what_an_index_was_tuned_to_is_not_stored_in_another(folder):
@@ -176,6 +185,20 @@ def test_a_damaged_manifest_is_refused(folder):
 def test_an_index_of_another_library_is_refused(folder, monkeypatch):
     monkeypatch.setattr(index_module, "version", lambda name: "0.1.0")
     assert_refused(folder, "was built with bm25s", "0.1.0 is installed")
+
+
+@pytest.mark.parametrize(("number", "is_another"), [(0, True), (1, True), (2, False)])
+def test_corrections_of_a_library_change_no_index(folder, monkeypatch, number, is_another):
+    def other(name):
+        numbers = version(name).split(".")
+        numbers[number] = "999"
+        return ".".join(numbers)
+
+    monkeypatch.setattr(index_module, "version", other)
+    if is_another:
+        assert_refused(folder, "was built with bm25s", "999")
+    else:
+        assert len(open_index(folder).passages) == 3
 
 
 def test_what_a_library_cannot_read_is_one_line(folder, monkeypatch):

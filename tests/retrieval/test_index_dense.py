@@ -1,5 +1,7 @@
 """Search by vectors."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -131,6 +133,23 @@ def test_the_parameters_follow_the_size(approximate):
     assert indexes["hnsw"].parameters == {"kind": "hnsw", "M": 32, "efConstruction": 200, "efSearch": 64}
     assert indexes["ivfpq"].parameters == {"kind": "ivfpq", "nlist": 256, "nprobe": 16, "M": 8, "nbits": 8}
     assert build(clustered(5)).parameters == {"kind": "exact"}
+
+
+@pytest.mark.parametrize(
+    ("count", "effort"), [(1, 64), (100_000, 64), (100_001, 128), (1_000_000, 128), (1_000_001, 256)]
+)
+def test_a_graph_is_searched_longer_where_there_is_more(count, effort):
+    graph = SimpleNamespace(ntotal=count, hnsw=SimpleNamespace(efSearch=None))
+    index_dense._set_effort(graph)
+    assert graph.hnsw.efSearch == effort
+
+
+def test_a_graph_that_has_grown_is_searched_as_its_size_now_asks(tmp_path, monkeypatch):
+    build(clustered(20), "hnsw").save(tmp_path / "before")
+    monkeypatch.setattr(index_dense, "_set_effort", lambda index: setattr(index.hnsw, "efSearch", index.ntotal))
+    grown = DenseIndex.extend(tmp_path / "before", clustered(10, seed=1), np.arange(30))
+    grown.save(tmp_path / "after")
+    assert DenseIndex.load(tmp_path / "after").parameters["efSearch"] == 30
 
 
 def test_every_build_finds_the_same(approximate):

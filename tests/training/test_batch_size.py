@@ -6,8 +6,10 @@ from small_runs import build_arguments, run_small
 
 from mixlm.errors import UserError
 from mixlm.training import batch_size as module
+from mixlm.training import loop
 from mixlm.training.batch_size import RememberedSizes, find_batch_size, largest_batch
 from mixlm.training.memory import MemoryMeter, parse_memory
+from mixlm.training.objectives import SentenceOrderObjective
 
 MIB = 2**20
 CPU = torch.device("cpu")
@@ -216,6 +218,36 @@ def test_a_search_leaves_no_trace_in_the_training(tmp_path, cache, monkeypatch, 
     run_small(build_arguments(str(tmp_path / "found"), **more, train_batch_size=0), task=task)
     assert "train_batch_size 4 ->" not in capsys.readouterr().out
     assert checkpoint_bytes(tmp_path / "found", 4) == checkpoint_bytes(tmp_path / "told", 4)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "micro_batches", "rows_there_are"),
+    [
+        ({"gradient_accumulation_steps": 1}, 1, 4096),
+        ({"gradient_accumulation_steps": 2}, 2, 2048),
+        ({"gradient_accumulation_steps": 1, "effective_batch_size": 8}, 2, 8),
+    ],
+)
+def test_what_is_tried_is_a_step_with_all_that_fills_the_memory(
+    tmp_path, monkeypatch, sizes, micro_batches, rows_there_are
+):
+    """It has the moments of a step before, and where there are several micro-batches the gradient of another one."""
+    steps = []
+
+    class Watching(SentenceOrderObjective):
+        def begin_step(self, batches):
+            steps.append(([len(batch["input_ids"]) for batch in batches], bool(self.engine.optimizer.state)))
+            return super().begin_step(batches)
+
+    def find(try_rows, settings, limit, meter, say, most_rows):
+        assert most_rows == rows_there_are and settings["accumulates"] == (micro_batches > 1)
+        try_rows(3)
+        return 4
+
+    monkeypatch.setattr(loop, "find_batch_size", find)
+    run_small(build_arguments(str(tmp_path), num_steps=1, train_batch_size=0, **sizes), objective_class=Watching)
+    *tried, (_, has_moments) = steps
+    assert tried == [([3] * micro_batches, False), ([3] * micro_batches, True)] and not has_moments
 
 
 def test_a_small_limit_gives_a_small_batch(tmp_path, cache, capsys):

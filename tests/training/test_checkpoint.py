@@ -296,8 +296,9 @@ def test_a_moved_checkpoint_is_still_one(tmp_path, trained, make_model):
     assert state == STATE
 
 
-def test_a_skeleton_has_no_numbers_and_makes_the_same_folder(tmp_path, make_model):
-    model = make_model("switch")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_skeleton_has_no_numbers_and_makes_the_same_folder(tmp_path, make_model, dtype):
+    model = make_model("switch").to(dtype)
     skeleton = skeleton_of(model)
     assert all(parameter.is_meta for parameter in skeleton.parameters())
     skeleton.save_pretrained(tmp_path / "one", state_dict=dict(engine_of(model).whole_parameters()))

@@ -2,6 +2,7 @@
 
 import json
 from functools import partial
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,9 @@ from small_runs import NotANumberAt, assert_same_checkpoint, checkpoint_names
 
 from mixlm.errors import UserError
 from mixlm.progress import progress_bar
+from mixlm.training import loop
 from mixlm.training.checkpoint import checkpoints_in, load_checkpoint
+from mixlm.training.objectives import InverseClozeObjective
 from mixlm.training.optimization import learning_rate_factor
 from mixlm.training.report import read_curves
 from mixlm.training.tracking import Progress
@@ -23,6 +26,15 @@ def test_a_run_is_repeatable_and_its_seed_matters(make_arguments, run_training, 
         run_training(arguments)
         weights.append((checkpoint_folder(arguments, 2) / "model" / "model.safetensors").read_bytes())
     assert weights[0] == weights[1] != weights[2]
+
+
+def test_dropout_is_another_one_for_each_seed_step_and_rank():
+    def drawn(seed, step, rank):
+        loop._seed_dropout(seed, step, rank)
+        return tuple(torch.rand(3).tolist())
+
+    of_each = [drawn(*each) for each in product(range(3), repeat=3)]
+    assert len(set(of_each)) == 27 and [drawn(*each) for each in product(range(3), repeat=3)] == of_each
 
 
 def test_workers_change_nothing(make_arguments, run_training, checkpoint_folder):
@@ -56,10 +68,10 @@ def test_zero_on_one_process_says_so_and_trains_as_zero_0(make_arguments, run_tr
 
 
 def test_the_learning_rate_follows_the_schedule(make_arguments, run_training):
-    arguments = make_arguments(num_steps=6, warmup_steps=2, scheduler_num_steps=9)
+    arguments = make_arguments(num_steps=6, warmup_steps=2, scheduler_num_steps=9, decay_ratio=0.5)
     run_training(arguments)
     curve = read_curves(arguments.run_folder)["train/lr"]
-    expected = [3e-3 * learning_rate_factor(step, 2, 9) for step in range(6)]
+    expected = [3e-3 * learning_rate_factor(step, 2, 9, 0.5) for step in range(6)]
     assert [step for step, _ in curve] == [1, 2, 3, 4, 5, 6]
     assert [value for _, value in curve] == pytest.approx(expected)
 
@@ -126,6 +138,24 @@ def test_a_curve_is_the_mean_since_the_last_point(make_arguments, run_training):
     ((step, mean),) = read_curves(all_four.run_folder)["train/mlm_loss"]
     assert step == 4 and min(single) < mean < max(single)
     assert mean == pytest.approx(sum(single) / 4, rel=0.05)
+
+
+def test_the_speed_is_of_the_real_tokens_of_queries_and_contexts(make_arguments, run_training, monkeypatch):
+    counted, given, add = [], [], Progress.add
+
+    def add_and_count(progress, terms, tokens):
+        counted.append(tokens)
+        add(progress, terms, tokens)
+
+    class Watching(InverseClozeObjective):
+        def loss(self, batch, number, step):
+            texts = (batch["input_ids"], batch["context_input_ids"])
+            given.append(sum(int((ids != 0).sum()) for ids in texts))  # 0 is padding
+            return super().loss(batch, number, step)
+
+    monkeypatch.setattr(Progress, "add", add_and_count)
+    run_training(make_arguments(num_steps=2), "ICT", objective_class=Watching)
+    assert counted == given and len(given) == 4
 
 
 def test_the_last_line_of_a_log_has_the_last_loss(make_arguments, run_training, capsys, monkeypatch):

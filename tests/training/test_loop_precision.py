@@ -50,6 +50,22 @@ def test_matrix_products_are_in_the_asked_precision(
     assert (found == expected) == (precision == "fp32")
 
 
+def test_the_loss_scale_is_not_in_the_gradient_that_is_shown_clipped_and_kept(
+    make_arguments, run_training, checkpoint_folder
+):
+    """AdamW's updates would not tell: they are the same for a gradient of any length."""
+    norms = []
+    for precision in ({}, {"fp16": True}):
+        arguments = make_arguments(model_name=f"run-{len(norms)}", num_steps=1, max_grad_norm=0.1, **precision)
+        run_training(arguments)
+        ((_, norm),) = read_curves(arguments.run_folder)["train/grad_norm"]
+        norms.append(norm)
+        moments = load_file(checkpoint_folder(arguments, 1) / "optimizer.safetensors")
+        first = torch.cat([value.flatten() for name, value in moments.items() if name.startswith("exp_avg/")])
+        assert float(first.norm()) == pytest.approx((1 - 0.9) * 0.1, rel=1e-3)
+    assert norms[1] == pytest.approx(norms[0], rel=0.02) and norms[0] > 0.1
+
+
 def test_the_precision_of_the_launcher_is_taken(make_arguments, run_training, checkpoint_folder, monkeypatch):
     asked, told = make_arguments(model_name="asked", num_steps=2), make_arguments(num_steps=2, fp16=True)
     run_training(told)
@@ -87,6 +103,13 @@ def test_an_fp16_overflow_skips_the_step_but_not_the_learning_rate(
     assert state["scaler"] == {"scale": 2.0 ** (40 - skipped), "steps_since_change": 4, "skipped_in_a_row": 0}
     # 4 steps an epoch: the data of skipped steps is not seen again.
     assert 4 * state["position"]["epoch"] + state["position"]["step_in_epoch"] == len(seen)
+
+
+def test_a_run_goes_on_in_another_precision(make_arguments, run_training, checkpoint_folder):
+    for step, precision in enumerate(({}, {"fp16": True}, {"bf16": True}, {"fp16": True}), start=1):
+        arguments = make_arguments(num_steps=step, resume="auto", **precision)
+        run_training(arguments)
+        assert (read_state(checkpoint_folder(arguments, step))["scaler"] is None) == ("fp16" not in precision)
 
 
 def test_a_skipped_step_leaves_nothing_behind(make_arguments, run_training):

@@ -178,6 +178,12 @@ def test_what_an_older_version_did_not_know_and_is_off_has_not_changed():
     assert changed_arguments(before, now) == changes
 
 
+def test_where_a_run_lies_and_is_pushed_to_is_no_change():
+    before = {"output_dir": "here", "resume": "never", "hub_model_id": "me/one", "hub_strategy": "end"}
+    now = {"output_dir": "there", "resume": "auto", "hub_model_id": "me/other", "hub_strategy": "every_save"}
+    assert changed_arguments(before, now) == {}
+
+
 @pytest.mark.parametrize(
     ("changed", "place"),
     [

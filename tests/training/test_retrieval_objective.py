@@ -179,6 +179,7 @@ def test_the_loss_and_the_accuracy_of_a_case_done_by_hand():
     second = math.log(1 + math.exp(1) + math.exp(5)) - 1
     assert float(terms["ict"].sum) == pytest.approx(2 * first + second) and terms["ict"].weight == 3
     assert float(terms["ict_accuracy"].sum) == pytest.approx(2)
+    assert float(terms["ict_candidates"].sum) == 3 * 3  # of the four contexts, one of the two of passage 0
 
 
 def test_repeated_candidates_of_a_case_done_by_hand():
