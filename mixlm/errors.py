@@ -1,15 +1,18 @@
 """Errors a user can cause: one line that says what, where, what was found and what to do; exit code 2."""
 
+import errno
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from functools import wraps
 
 USER_ERROR_EXIT_CODE = 2
 STOPPED_EXIT_CODE = 3
 LOST_RANK_EXIT_CODE = 4
 NOT_PUSHED_EXIT_CODE = 5
-INTERRUPTED_EXIT_CODE = 130  # what a shell expects after Ctrl-C
+# What a shell expects of a program after Ctrl-C, and of one whose output nobody reads any more.
+INTERRUPTED_EXIT_CODE, UNREAD_EXIT_CODE = 130, 141
 
 
 class UserError(Exception):
@@ -53,18 +56,26 @@ def _rank_unless_first() -> str:
     return "" if rank == "0" else f"rank {rank}: "
 
 
+def _discard_output() -> None:
+    """Python flushes the output once more when it ends, and must not fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def exits_on_user_error(main: Callable) -> Callable:
     """Decorate a program's `main`: a `UserError` becomes `error: ...` on stderr and exit code 2, `RunStopped` its line
     and exit code 3 (0 where torchrun would start it again), a rank that is lost 4, `NotPushed` its line and 5, Ctrl-C
-    130."""
+    130, and an output that nobody reads any more (`mixlm ... | head`) 141. Letters that its encoding lacks are written
+    as escapes."""
 
     @wraps(main)
     def wrapper(*args, **kwargs):
+        with suppress(AttributeError):  # a notebook's output is of another class
+            sys.stdout.reconfigure(errors="backslashreplace")
         try:
             result = main(*args, **kwargs)
+            sys.stdout.flush()
             if int(os.environ.get("WORLD_SIZE", "1")) > 1:
                 # Communication threads can abort a process while it ends; a finished run would have failed.
-                sys.stdout.flush()
                 sys.stderr.flush()
                 os._exit(0)
             return result
@@ -99,6 +110,15 @@ def exits_on_user_error(main: Callable) -> Callable:
                 file=sys.stderr,
             )
             sys.exit(LOST_RANK_EXIT_CODE)
+        except BrokenPipeError:
+            _discard_output()
+            sys.exit(UNREAD_EXIT_CODE)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            _discard_output()
+            print(f"error: {file_error(error)}: make room there, or write elsewhere", file=sys.stderr)
+            sys.exit(USER_ERROR_EXIT_CODE)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             sys.exit(INTERRUPTED_EXIT_CODE)

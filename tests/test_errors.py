@@ -1,5 +1,10 @@
 """How a program ends when something is wrong."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -47,6 +52,44 @@ def test_the_other_endings(monkeypatch, capsys):
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")  # torchrun would start it again
     assert ending_of(RunStopped("stopped"), monkeypatch, capsys) == (0, "stopped\n")
     assert ending_of(KeyboardInterrupt(), monkeypatch, capsys) == (130, "interrupted\n")
+
+
+PRINTS = """
+from mixlm.errors import exits_on_user_error
+
+@exits_on_user_error
+def main():
+    print("제주도")
+
+main()
+"""
+
+
+def ending_of_printing(**options) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONIOENCODING": options.pop("encoding", "utf-8")}
+    program = [sys.executable, "-c", PRINTS]
+    return subprocess.run(program, env=environment, stderr=subprocess.PIPE, text=True, **options)
+
+
+def test_an_output_that_nobody_reads_any_more_is_no_mistake():
+    reading, writing = os.pipe()
+    os.close(reading)
+    ended = ending_of_printing(stdout=writing)
+    os.close(writing)
+    assert (ended.returncode, ended.stderr) == (141, "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_an_output_that_is_full_is_named():
+    with open("/dev/full", "wb") as full:
+        ended = ending_of_printing(stdout=full)
+    said = "error: [Errno 28] No space left on device: make room there, or write elsewhere\n"
+    assert (ended.returncode, ended.stderr) == (2, said)
+
+
+def test_letters_that_the_output_has_not_are_escaped():
+    ended = ending_of_printing(stdout=subprocess.PIPE, encoding="ascii")
+    assert (ended.returncode, ended.stdout) == (0, "\\uc81c\\uc8fc\\ub3c4\n")
 
 
 def test_a_mistake_of_the_program_keeps_its_traceback():

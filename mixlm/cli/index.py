@@ -16,7 +16,7 @@ def add_index_parser(subparsers) -> None:
             "Build an index for mixlm search out of what mixlm encode has written, or, for search by common terms "
             "alone, out of passages: JSON lines with id, text and title; tab-separated id, text and title; "
             "SQuAD-style .json, whose paragraphs are passages; .dat documents, cut into windows of whole sentences; "
-            "a BEIR folder. Also .gz and .xz."
+            "a BEIR folder, or one of .dat, of .jsonl or of .tsv files. Also .gz and .xz."
         ),
         epilog=(
             "examples:\n  mixlm index --vectors vectors --out index\n"

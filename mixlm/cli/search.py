@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -213,6 +214,14 @@ def evaluate_verb(arguments: argparse.Namespace) -> None:
             raise UserError(
                 f"{run}: no query is judged in {file} (such as '{next(iter(hits[name]))}' here and "
                 f"'{next(iter(qrels))}' there); give files with the same ids"
+            )
+        found_ids = {passage for of_query in hits[name].values() for passage, _ in of_query}
+        judged_ids = {passage for of_query in qrels.values() for passage in of_query}
+        if found_ids and judged_ids and found_ids.isdisjoint(judged_ids):
+            print(
+                f"note: {run}: no passage is judged in {file} (such as '{min(found_ids)}' here and "
+                f"'{min(judged_ids)}' there); are the ids the same?",
+                file=sys.stderr,
             )
     scores = {name: ranking_scores(of_run, qrels) for name, of_run in hits.items()}
     if arguments.passages:

@@ -64,12 +64,19 @@ def corpus_files(path: str | Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise UserError(f"{path}: no such file or folder; give the folder that holds the corpus files")
-    entries = [entry for entry in path.rglob("*") if entry.is_file() and not _is_hidden(entry.relative_to(path))]
-    files = sorted(entry for entry in entries if entry.name.endswith(CORPUS_SUFFIXES))
+    entries = visible_files(path)
+    files = [entry for entry in entries if entry.name.endswith(CORPUS_SUFFIXES)]
     if not files:
-        found = f"{len(entries)} other files, such as {min(entries).name}" if entries else "an empty folder"
+        found = f"{len(entries)} other files, such as {entries[0].name}" if entries else "an empty folder"
         raise UserError(f"{path}: found {found}; put {', '.join(CORPUS_SUFFIXES)} files there")
     return files
+
+
+def visible_files(folder: Path) -> list[Path]:
+    """All files in a folder and the folders in it, sorted by their path, without what is hidden."""
+    return sorted(
+        entry for entry in folder.rglob("*") if entry.is_file() and not _is_hidden(entry.relative_to(folder))
+    )
 
 
 def read_documents(path: str | Path) -> Iterator[Document]:

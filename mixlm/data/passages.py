@@ -9,7 +9,8 @@ Text is handed out as its file has it (that of a corpus in NFC). What can be rea
   suffixes and two numbers, counted from 0.
 * `.dat`: documents, one sentence a line (`mixlm.data.corpus`), cut into windows of whole sentences. The id is
   FILE-LINE-WINDOW: the document's first line, counted from 1, and the window's number in it, counted from 0.
-* a folder: its corpus.jsonl, as BEIR has it, or else all `.dat` files in it; FILE is then a path in the folder.
+* a folder: its corpus.jsonl, as BEIR has it, or else all its `.dat`, all its `.jsonl` or all its `.tsv` files; FILE is
+  then a path in the folder.
 
 All may be compressed: `.gz` or `.xz`. In a FILE, blanks become underscores.
 """
@@ -23,13 +24,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import UserError
-from .corpus import corpus_files, read_documents
+from .corpus import read_documents, visible_files
 from .json_lines import read_json_lines
 from .squad import read_paragraphs
 from .text_files import COMPRESSED, filled_lines, plain_suffix
 
 WINDOW_CHARACTERS = 600  # about a paragraph of an encyclopaedia; of Korean, that is less than 512 tokens
 
+# SQuAD-style files often lie beside a corpus as questions, and are to be named.
+_KINDS_IN_FOLDERS = (".dat", ".jsonl", ".tsv")
 _TSV_HEADERS = (["id", "text"], ["id", "text", "title"])
 _QUOTED = re.compile('"((?:[^"]|"")*)"')
 
@@ -114,7 +117,17 @@ def _files(path: Path) -> list[Path]:
     for suffix in ("", *COMPRESSED):
         if (beir := path / f"corpus.jsonl{suffix}").is_file():
             return [beir]
-    return corpus_files(path)
+    by_kind: dict[str, list[Path]] = {}
+    for file in visible_files(path):
+        if (kind := plain_suffix(file)) in _KINDS_IN_FOLDERS:
+            by_kind.setdefault(kind, []).append(file)
+    if len(by_kind) > 1:
+        found = " and ".join(f"{len(files)} {kind}" for kind, files in sorted(by_kind.items()))
+        raise UserError(f"{path}: has {found} files; give those that are passages one by one")
+    if not by_kind:
+        raise UserError(f"{path}: has no {', '.join(_KINDS_IN_FOLDERS)} file; give the files of passages")
+    (files,) = by_kind.values()
+    return files
 
 
 def _without_suffixes(name: Path) -> str:

@@ -5,7 +5,7 @@ no other file of which it imports.
 """
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -58,7 +58,7 @@ class RetrievalEncoder(InputModule):
 
     def preprocess(
         self,
-        inputs: Sequence[str | tuple[str, str]],
+        inputs: Sequence[str | tuple[str, str] | Mapping[str, str]],
         prompt: str | None = None,
         task: str | None = None,
         **kwargs: Any,
@@ -66,9 +66,14 @@ class RetrievalEncoder(InputModule):
         """Texts as `input_ids` and `attention_mask`, [texts, longest].
 
         [CLS] text [SEP], or [CLS] title [SEP] text [SEP], composed to NFC; what is too long is cut at its end.
+
+        Args:
+            inputs: texts, (title, text), or what has a "text" and perhaps a "title".
+            prompt: is put before each text.
+            task: "query" for questions; all else is a passage.
         """
         longest = self.encoding["max_query_length" if task == "query" else "max_passage_length"]
-        pairs = [("", text) if isinstance(text, str) else tuple(text) for text in inputs]
+        pairs = [_title_and_text(each) for each in inputs]
         titles = self._encode([title for title, _ in pairs])
         texts = self._encode([(prompt or "") + text for _, text in pairs])
         rows = [
@@ -136,3 +141,14 @@ class RetrievalEncoder(InputModule):
         for part in parts:
             ids += [*part, self.tokenizer.sep_token_id]
         return ids if len(ids) <= longest else [*ids[: longest - 1], self.tokenizer.sep_token_id]
+
+
+def _title_and_text(given: Any) -> tuple[str, str]:
+    match given:
+        case str():
+            return "", given
+        case {"text": str() as text}:
+            return given.get("title") or "", text
+        case str() as title, str() as text:
+            return title, text
+    raise ValueError(f"{given!r:.60} is no text: give a str, (title, text), or a dict with 'text' and perhaps 'title'")

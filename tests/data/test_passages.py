@@ -51,6 +51,25 @@ def test_a_beir_folder_is_its_corpus(tmp_path):
     assert list(read_passages(tmp_path)) == PASSAGES
 
 
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".tsv"])
+def test_a_folder_of_one_kind_is_all_its_files(tmp_path, suffix):
+    lines = ["a\t첫 글.\t제목", "b\t둘째 글."] if suffix == ".tsv" else JSON_LINES.splitlines()
+    (tmp_path / "deeper").mkdir()
+    for name, line in zip((f"deeper/1{suffix}", f"2{suffix}"), lines, strict=True):
+        with OPENERS[".gz" if suffix.endswith(".gz") else ""](tmp_path / name, "wb") as file:
+            file.write(line.encode())
+    (tmp_path / "questions.json").write_text("not read")
+    (tmp_path / "README.md").write_text("not read")
+    assert sorted(read_passages(tmp_path)) == sorted(PASSAGES)
+
+
+def test_a_folder_of_several_kinds_is_refused(tmp_path):
+    for name in ("a.jsonl", "b.jsonl.xz", "c.dat", "d.json"):
+        (tmp_path / name).write_text("not read")
+    with pytest.raises(UserError, match=r"has 1 \.dat and 2 \.jsonl files; give those that are passages"):
+        list(read_passages(tmp_path))
+
+
 def test_several_files_are_read_in_their_order(tmp_path):
     for name, line in zip("21", JSON_LINES.splitlines(), strict=True):
         (tmp_path / f"{name}.jsonl").write_text(line)
@@ -165,7 +184,7 @@ def test_a_title_is_enough(tmp_path):
 def test_wrong_paths_and_windows_are_refused(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         list(read_passages(tmp_path / "absent.jsonl"))
-    with pytest.raises(UserError, match="empty folder"):
+    with pytest.raises(UserError, match=r"has no \.dat, \.jsonl, \.tsv file"):
         list(read_passages(tmp_path))
     with pytest.raises(UserError, match="1 or more"):
         read(tmp_path, "p.jsonl", ONE, window_characters=0)

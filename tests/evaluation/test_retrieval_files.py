@@ -261,6 +261,16 @@ def test_what_is_for_squad_files_alone_is_refused_elsewhere(data, korquad, capsy
         assert part in error and error.count("\n") == 1
 
 
+def test_evaluate_notes_that_no_passage_is_judged(data, capsys):
+    """As where hits are of the same passages in a file of another name."""
+    write_run(data / "other.trec", {"0": [("other-0", 1.0)]})
+    evaluate("--hits", data / "other.trec", "--beir", data, "--compare", data / "good.trec")
+    printed = capsys.readouterr()
+    judged = f"no passage is judged in {data}/qrels/test.tsv (such as 'other-0' here and 'a' there); are the ids the"
+    assert printed.err == f"note: {data}/other.trec: {judged} same?\n"
+    assert "accuracy@1" in printed.out
+
+
 def test_evaluate_says_what_is_wrong(data, capsys):
     other = written(data, "x 0 a 1\n", "other.tsv")
     hits = ["--hits", data / "good.trec"]

@@ -65,6 +65,16 @@ for folder in asked["folders"]:
         except ValueError:
             assert model.max_seq_length == 5
     model.max_seq_length = 12
+    dicts = [{"title": title, "text": text} for title, text in zip(asked["titles"], asked["queries"])]
+    without_titles = model.preprocess([{"text": text} for text in asked["queries"]])["input_ids"]
+    assert torch.equal(without_titles, model.preprocess(asked["queries"])["input_ids"])
+    assert torch.equal(model.preprocess(dicts)["input_ids"], model.preprocess(pairs)["input_ids"])
+    for no_text in ({"title": "text"}, ("a", "b", "c"), 5):
+        try:
+            model.preprocess([no_text])
+            raise AssertionError
+        except ValueError as error:
+            assert "is no text: give a str, (title, text), or a dict with 'text'" in str(error)
     for batch_size in (1, 4):
         np.savez(
             f"{folder} {batch_size}.npz",
