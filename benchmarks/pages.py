@@ -18,10 +18,13 @@ def grid(rows: Sequence[dict[str, Any]], numbers: Set[str] = frozenset()) -> str
         numbers: titles of columns that are aligned to the right.
     """
     rules = ["--:" if title in numbers else "---" for title in rows[0]]
-    cells = [[str(cell).replace("|", "\\|") for cell in row.values()] for row in rows]
-    return "\n".join(
-        [f"| {' | '.join(rows[0])} |", f"|{'|'.join(rules)}|", *(f"| {' | '.join(row)} |" for row in cells)]
-    )
+    lines = [list(rows[0]), *(list(row.values()) for row in rows)]
+    titles, *cells = (f"| {' | '.join(_escaped(cell) for cell in line)} |" for line in lines)
+    return "\n".join([titles, f"|{'|'.join(rules)}|", *cells])
+
+
+def _escaped(cell: object) -> str:
+    return str(cell).replace("|", "\\|")
 
 
 def replaced(text: str, name: str, block: str) -> str:
@@ -32,8 +35,8 @@ def replaced(text: str, name: str, block: str) -> str:
     """
     mark = f"<!-- {name} -->"
     before, begin, rest = text.partition(mark)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
+    old, end, after = rest.partition(END)
+    if not begin or not end or "<!-- " in old:
         raise UserError(f"the place of {name} is lost; put the lines {mark} and {END} where it belongs")
     return f"{before}{mark}\n\n{block}\n\n{END}{after}"
 

@@ -23,6 +23,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import pages
 
+from mixlm.errors import exits_on_user_error
 from mixlm.retrieval.index_dense import KINDS, DenseIndex
 
 RESULTS = Path(__file__).with_suffix(".json")
@@ -97,6 +98,7 @@ def put_on_pages(rows: list[dict]) -> None:
         pages.replace(Path(__file__).parents[1] / "docs" / name, PLACE, table(rows, columns.split("|")))
 
 
+@exits_on_user_error
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--passages", type=int, nargs="+", default=[10_000, 1_000_000], metavar="N")

@@ -1,7 +1,10 @@
 """Errors a user can cause: one line that says what, where, what was found and what to do; exit code 2."""
 
+import codecs
 import errno
+import json
 import os
+import select
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -13,6 +16,7 @@ LOST_RANK_EXIT_CODE = 4
 NOT_PUSHED_EXIT_CODE = 5
 # What a shell expects of a program after Ctrl-C, and of one whose output nobody reads any more.
 INTERRUPTED_EXIT_CODE, UNREAD_EXIT_CODE = 130, 141
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)  # on a disk, or in what a user may have of it
 
 
 class UserError(Exception):
@@ -56,24 +60,51 @@ def _rank_unless_first() -> str:
     return "" if rank == "0" else f"rank {rank}: "
 
 
-def _discard_output() -> None:
-    """Python flushes the output once more when it ends, and must not fail again."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _escape_letters(error: UnicodeError) -> tuple[str, int]:
+    """Letters that an encoding lacks, as JSON escapes them, for what is printed may be JSON."""
+    assert isinstance(error, UnicodeEncodeError)
+    return json.dumps(error.object[error.start : error.end])[1:-1], error.end
+
+
+def _flush_output() -> None:
+    if sys.stdout is not None:  # a daemon's
+        sys.stdout.flush()
+
+
+def _drop_output() -> None:
+    """Drop what cannot be written: Python flushes once more when it ends, and its exit code would be of that."""
+    try:
+        _flush_output()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _is_output_unread() -> bool:
+    """Whether the output is a pipe that nobody reads any more."""
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout, 0)  # what breaks is told unasked
+        return bool(poll.poll(0))
+    except (OSError, TypeError, ValueError):  # an output without a file, as a notebook's
+        return False
+
+
+codecs.register_error("json_escapes", _escape_letters)
 
 
 def exits_on_user_error(main: Callable) -> Callable:
     """Decorate a program's `main`: a `UserError` becomes `error: ...` on stderr and exit code 2, `RunStopped` its line
     and exit code 3 (0 where torchrun would start it again), a rank that is lost 4, `NotPushed` its line and 5, Ctrl-C
-    130, and an output that nobody reads any more (`mixlm ... | head`) 141. Letters that its encoding lacks are written
-    as escapes."""
+    130, and an output that nobody reads any more (`mixlm ... | head`) 141. A full disk is an error of the user's.
+    Letters that the output's encoding lacks are written as JSON escapes them."""
 
     @wraps(main)
     def wrapper(*args, **kwargs):
         with suppress(AttributeError):  # a notebook's output is of another class
-            sys.stdout.reconfigure(errors="backslashreplace")
+            sys.stdout.reconfigure(errors="json_escapes")
         try:
             result = main(*args, **kwargs)
-            sys.stdout.flush()
+            _flush_output()
             if int(os.environ.get("WORLD_SIZE", "1")) > 1:
                 # Communication threads can abort a process while it ends; a finished run would have failed.
                 sys.stderr.flush()
@@ -110,17 +141,17 @@ def exits_on_user_error(main: Callable) -> Callable:
                 file=sys.stderr,
             )
             sys.exit(LOST_RANK_EXIT_CODE)
-        except BrokenPipeError:
-            _discard_output()
-            sys.exit(UNREAD_EXIT_CODE)
         except OSError as error:
-            if error.errno != errno.ENOSPC:
+            if isinstance(error, BrokenPipeError) and _is_output_unread():
+                sys.exit(UNREAD_EXIT_CODE)
+            if error.errno not in NO_ROOM:
                 raise
-            _discard_output()
             print(f"error: {file_error(error)}: make room there, or write elsewhere", file=sys.stderr)
             sys.exit(USER_ERROR_EXIT_CODE)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             sys.exit(INTERRUPTED_EXIT_CODE)
+        finally:
+            _drop_output()
 
     return wrapper

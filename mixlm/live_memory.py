@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -15,7 +16,8 @@ class LiveMemory(TorchDispatchMode):
     """While it is on, keeps account of the memory that operators make and that is freed again.
 
     Memory is counted once, whatever the number of tensors on it and whoever holds it. What an operator takes and frees
-    within itself is not seen. Tensors may be without content (torch's FakeTensor).
+    within itself is not seen. Tensors may be without content (torch's FakeTensor); with content, gradients that meet
+    are added in a new tensor, as torch does under any dispatch mode.
     """
 
     def __init__(self) -> None:
@@ -26,8 +28,10 @@ class LiveMemory(TorchDispatchMode):
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         in_backward = torch._C._current_graph_task_id() != -1
-        if operator is torch.ops.aten.add.Tensor and in_backward and not args[0]._is_view():
+        is_sum = operator is torch.ops.aten.add.Tensor and isinstance(args[0], FakeTensor)
+        if is_sum and in_backward and not args[0]._is_view():
             # Gradients that meet. Without a dispatch mode torch adds them in place where nothing else has the memory.
+            # Whether something has it cannot be told here; so only what has no content to be spoilt is added in place.
             operator = torch.ops.aten.add_.Tensor
         given = {storage._cdata for storage in storages((args, kwargs))}
         result = operator(*args, **kwargs)

@@ -1,5 +1,6 @@
 """How a program ends when something is wrong."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mixlm import errors
 from mixlm.errors import RunStopped, UserError, exits_on_user_error, file_error
 
 
@@ -54,42 +56,80 @@ def test_the_other_endings(monkeypatch, capsys):
     assert ending_of(KeyboardInterrupt(), monkeypatch, capsys) == (130, "interrupted\n")
 
 
-PRINTS = """
-from mixlm.errors import exits_on_user_error
+# The module alone, for the package takes seconds to be imported.
+PROGRAM = f"""
+import sys
+sys.path.append({str(Path(errors.__file__).parent)!r})
+from errors import UserError, exits_on_user_error
 
 @exits_on_user_error
 def main():
-    print("제주도")
+    print('{{"text": "제주도 é 😀"}}')
+    BODY
 
 main()
 """
 
 
-def ending_of_printing(**options) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHONIOENCODING": options.pop("encoding", "utf-8")}
-    program = [sys.executable, "-c", PRINTS]
+def ending_of_program(body: str = "", encoding: str = "utf-8", **options) -> subprocess.CompletedProcess:
+    """Of one that prints a line and does what `body` says, with a buffered output as people have it."""
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    environment.pop("PYTHONUNBUFFERED", None)
+    program = [sys.executable, *options.pop("flags", ()), "-c", PROGRAM.replace("BODY", body)]
     return subprocess.run(program, env=environment, stderr=subprocess.PIPE, text=True, **options)
 
 
-def test_an_output_that_nobody_reads_any_more_is_no_mistake():
+@pytest.fixture
+def unread():
+    """The end of a pipe that nobody reads."""
     reading, writing = os.pipe()
     os.close(reading)
-    ended = ending_of_printing(stdout=writing)
+    yield writing
     os.close(writing)
+
+
+@pytest.mark.parametrize("flags", [[], ["-u"]], ids=["buffered", "unbuffered"])
+def test_an_output_that_nobody_reads_any_more_is_no_mistake(unread, flags):
+    ended = ending_of_program(stdout=unread, flags=flags)
     assert (ended.returncode, ended.stderr) == (141, "")
 
 
+def test_an_output_that_nobody_reads_hides_no_error(unread):
+    ended = ending_of_program("raise UserError('no such file')", stdout=unread)
+    assert (ended.returncode, ended.stderr) == (2, "error: no such file\n")
+
+
+def test_another_pipe_that_breaks_is_a_mistake():
+    ended = ending_of_program("raise BrokenPipeError(32, 'Broken pipe')", stdout=subprocess.PIPE)
+    assert ended.returncode == 1 and "Traceback" in ended.stderr and "제주도" in ended.stdout
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
-def test_an_output_that_is_full_is_named():
+@pytest.mark.parametrize("flags", [[], ["-u"]], ids=["buffered", "unbuffered"])
+def test_an_output_that_is_full_is_a_line(flags):
     with open("/dev/full", "wb") as full:
-        ended = ending_of_printing(stdout=full)
+        ended = ending_of_program(stdout=full, flags=flags)
     said = "error: [Errno 28] No space left on device: make room there, or write elsewhere\n"
     assert (ended.returncode, ended.stderr) == (2, said)
 
 
-def test_letters_that_the_output_has_not_are_escaped():
-    ended = ending_of_printing(stdout=subprocess.PIPE, encoding="ascii")
-    assert (ended.returncode, ended.stdout) == (0, "\\uc81c\\uc8fc\\ub3c4\n")
+def test_what_was_printed_before_a_disk_was_full_is_there():
+    body = "raise OSError(28, 'No space left on device', '/mnt/model.safetensors')"
+    ended = ending_of_program(body, stdout=subprocess.PIPE)
+    said = "error: /mnt/model.safetensors: No space left on device: make room there, or write elsewhere\n"
+    assert (ended.returncode, ended.stderr) == (2, said) and "제주도" in ended.stdout
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp949", "utf-8"])
+def test_letters_that_the_output_has_not_are_escaped_as_json_does(encoding, tmp_path):
+    with (tmp_path / "printed").open("wb") as printed:
+        assert ending_of_program(stdout=printed, encoding=encoding).returncode == 0
+    assert json.loads((tmp_path / "printed").read_text(encoding)) == {"text": "제주도 é 😀"}
+
+
+def test_a_program_without_an_output_ends_well():
+    ended = ending_of_program("sys.exit(0)", preexec_fn=lambda: os.close(1))
+    assert (ended.returncode, ended.stderr) == (0, "")
 
 
 def test_a_mistake_of_the_program_keeps_its_traceback():

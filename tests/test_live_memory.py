@@ -1,5 +1,7 @@
 """Memory that is made and freed, against bytes counted by hand."""
 
+from contextlib import nullcontext
+
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -63,14 +65,27 @@ def test_what_was_disregarded_is_not_freed_twice():
         del second, third
 
 
-def test_gradients_that_meet_are_added_in_place():
+def test_gradients_without_content_that_meet_are_added_in_place():
     """As without the mode: two gradients of 4,000 bytes are there at once, not three."""
-    weight = torch.zeros(1000, requires_grad=True)
-    loss = (weight * 2).sum() + (weight * 3).sum()
-    with LiveMemory() as memory:
-        loss.backward()
+    with FakeTensorMode():
+        weight = torch.zeros(1000, requires_grad=True)
+        loss = (weight * 2).sum() + (weight * 3).sum()
+        with LiveMemory() as memory:
+            loss.backward()
     assert memory.peak() < 3 * 4000
-    assert weight.grad.tolist() == [5.0] * 1000
+
+
+def test_gradients_are_those_without_the_mode():
+    """Also where one gradient goes to two inputs, and meets another at one of them."""
+    gradients = []
+    for mode in (nullcontext(), LiveMemory()):
+        first, second = torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)
+        doubled, tripled = first * 2, second * 3
+        loss = ((doubled + tripled) * 5).sum() + doubled.sin().sum()
+        with mode:
+            loss.backward()
+        gradients.append((first.grad, second.grad))
+    assert torch.equal(gradients[0][0], gradients[1][0]) and gradients[1][1].tolist() == [15.0] * 3
 
 
 def test_tensors_without_content():

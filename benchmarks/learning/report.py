@@ -31,6 +31,7 @@ from matplotlib.axes import Axes
 sys.path.insert(0, str(FOLDER.parent))
 from pages import grid, replaced
 
+from mixlm.errors import exits_on_user_error
 from mixlm.files import write_whole
 
 DOCUMENTS = FOLDER.parents[1] / "docs"
@@ -235,6 +236,7 @@ FIGURES = {
 }
 
 
+@exits_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(argv)
     results = read_results(RESULTS)

@@ -123,9 +123,9 @@ def _files(path: Path) -> list[Path]:
             by_kind.setdefault(kind, []).append(file)
     if len(by_kind) > 1:
         found = " and ".join(f"{len(files)} {kind}" for kind, files in sorted(by_kind.items()))
-        raise UserError(f"{path}: has {found} files; give those that are passages one by one")
+        raise UserError(f"{path}: has {found} files; name those that are passages")
     if not by_kind:
-        raise UserError(f"{path}: has no {', '.join(_KINDS_IN_FOLDERS)} file; give the files of passages")
+        raise UserError(f"{path}: has no {', '.join(_KINDS_IN_FOLDERS)} file; name the files of passages")
     (files,) = by_kind.values()
     return files
 

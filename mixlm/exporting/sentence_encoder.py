@@ -5,7 +5,7 @@ no other file of which it imports.
 """
 
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -144,11 +144,11 @@ class RetrievalEncoder(InputModule):
 
 
 def _title_and_text(given: Any) -> tuple[str, str]:
-    match given:
-        case str():
-            return "", given
-        case {"text": str() as text}:
-            return given.get("title") or "", text
-        case str() as title, str() as text:
-            return title, text
+    if isinstance(given, str):
+        return "", given
+    if isinstance(given, Mapping):
+        given = (given.get("title"), given.get("text"))
+    match tuple(given) if isinstance(given, Iterable) else ():
+        case (None | str() as title, str() as text):
+            return title or "", text
     raise ValueError(f"{given!r:.60} is no text: give a str, (title, text), or a dict with 'text' and perhaps 'title'")

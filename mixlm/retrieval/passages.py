@@ -49,6 +49,11 @@ class StoredPassages:
                 return columns[0][place].as_py()
         return None
 
+    def has_any(self, ids: Iterable[str]) -> bool:
+        """Whether one of these is the id of a passage."""
+        wanted = pa.array(list(ids), pa.large_string())
+        return any(pc.any(pc.is_in(columns[0], value_set=wanted)).as_py() for columns in self._batches)
+
 
 def write_passages(path: Path, passages: Iterable[Passage]) -> tuple[int, str]:
     """Write the file of `StoredPassages`.

@@ -73,17 +73,19 @@ class Search:
             MRR@10 in percent by weight, and of reciprocal rank fusion as that of None.
 
         Raises:
-            UserError: no query is judged, or the index has no passage that the judgements name.
+            UserError: no query is judged, none has a relevant passage, or the index has none of these.
         """
         judged = [query for query in queries if query in qrels]
         if not judged:
             raise UserError("no query is judged; give queries and judgements with the same ids")
         id_of_row = self.index.passages.id_of_row
         relevant = {passage for query in judged for passage, grade in qrels[query].items() if grade > 0}
-        if not any(id_of_row(row) in relevant for row in range(len(self.index.passages))):
+        if not relevant:
+            raise UserError("no query has a relevant passage; give judgements with grades of 1 or more")
+        if not self.index.passages.has_any(relevant):
             raise UserError(
-                f"{self.index.folder}: has none of the passages that the judgements name ('{id_of_row(0)}' is in the "
-                f"index, and '{next(iter(relevant), '')}' in the judgements); give judgements with its ids"
+                f"{self.index.folder}: has no passage that is relevant by the judgements ('{id_of_row(0)}' is in the "
+                f"index, and '{min(relevant)}' in the judgements); give judgements with its ids"
             )
         scores: dict[float | None, dict[str, float]] = {weight: {} for weight in (None, *WEIGHTS)}
         rankings = self._rankings([queries[query] for query in judged], CANDIDATES)

@@ -21,7 +21,7 @@ from .sharding import Engine
 
 Batch = dict[str, Tensor]
 
-# Of queries with contexts: as many are in memory at once (17 bytes each), however large the global batch is.
+# Inner products of queries and contexts that are in memory at once, 17 bytes each, however large the global batch is.
 SCORES_AT_ONCE = 2**22
 
 
@@ -318,7 +318,7 @@ def retrieval_gradients(
         temperature: scores are divided by it.
     """
     rows_at_once = max(SCORES_AT_ONCE // len(contexts), 1)
-    loss, right, left_out = queries.new_zeros(()), own.new_zeros(()), own.new_zeros(())
+    loss, correct, left_out = queries.new_zeros(()), own.new_zeros(()), own.new_zeros(())
     by_queries, by_contexts = torch.empty_like(queries), torch.zeros_like(contexts)
     contexts = contexts.detach().requires_grad_()
     for first in range(0, len(queries), rows_at_once):
@@ -334,9 +334,9 @@ def retrieval_gradients(
             by_queries[rows], by_these = torch.autograd.grad(share, (some, contexts))
         by_contexts += by_these
         loss += share.detach()
-        right += (scores.detach().argmax(dim=1) == targets).sum()
+        correct += (scores.detach().argmax(dim=1) == targets).sum()
     candidates = len(contexts) - left_out / len(queries)
-    return RetrievalGradients(loss, right / len(queries), candidates, by_queries, by_contexts)
+    return RetrievalGradients(loss, correct / len(queries), candidates, by_queries, by_contexts)
 
 
 def repeated_candidates(passage: Tensor, context_passage: Tensor, own: Tensor) -> Tensor:

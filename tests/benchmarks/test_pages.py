@@ -9,8 +9,8 @@ PAGE = "Before.\n\n<!-- first -->\n\nold\n\n<!-- end -->\n\n<!-- second -->\n<!-
 
 
 def test_a_grid():
-    rows = [{"name": "a|b", "value": 1}, {"name": "c", "value": 2.5}]
-    assert pages.grid(rows, numbers={"value"}) == "| name | value |\n|---|--:|\n| a\\|b | 1 |\n| c | 2.5 |"
+    rows = [{"a|b": "c|d", "value": 1}, {"a|b": "e", "value": 2.5}]
+    assert pages.grid(rows, numbers={"value"}) == "| a\\|b | value |\n|---|--:|\n| c\\|d | 1 |\n| e | 2.5 |"
 
 
 @pytest.mark.parametrize("name", ["first", "second"])
@@ -34,10 +34,11 @@ def test_a_page_of_a_file(tmp_path):
     assert page.read_text("utf-8") == PAGE.replace("old", "문단")
 
 
-@pytest.mark.parametrize("name", ["third", "last"])
+@pytest.mark.parametrize("name", ["none", "endless", "last"])
 def test_a_lost_place_is_named_and_the_page_stays(tmp_path, name):
+    text = f"<!-- endless -->\n\n{PAGE}<!-- last -->"
     page = tmp_path / "page.md"
-    page.write_text(PAGE + "<!-- last -->", "utf-8")
+    page.write_text(text, "utf-8")
     with pytest.raises(UserError, match=rf"page.md: the place of {name} is lost; put the lines <!-- {name} --> and"):
         pages.replace(page, name, "new")
-    assert page.read_text("utf-8") == PAGE + "<!-- last -->"
+    assert page.read_text("utf-8") == text

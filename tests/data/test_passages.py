@@ -66,7 +66,7 @@ def test_a_folder_of_one_kind_is_all_its_files(tmp_path, suffix):
 def test_a_folder_of_several_kinds_is_refused(tmp_path):
     for name in ("a.jsonl", "b.jsonl.xz", "c.dat", "d.json"):
         (tmp_path / name).write_text("not read")
-    with pytest.raises(UserError, match=r"has 1 \.dat and 2 \.jsonl files; give those that are passages"):
+    with pytest.raises(UserError, match=r"has 1 \.dat and 2 \.jsonl files; name those that are passages"):
         list(read_passages(tmp_path))
 
 

@@ -69,7 +69,10 @@ for folder in asked["folders"]:
     without_titles = model.preprocess([{"text": text} for text in asked["queries"]])["input_ids"]
     assert torch.equal(without_titles, model.preprocess(asked["queries"])["input_ids"])
     assert torch.equal(model.preprocess(dicts)["input_ids"], model.preprocess(pairs)["input_ids"])
-    for no_text in ({"title": "text"}, ("a", "b", "c"), 5):
+    others = [np.array(["", text]) for text in asked["queries"]] + [(None, text) for text in asked["queries"]]
+    found = model.preprocess(others)["input_ids"]
+    assert torch.equal(found, torch.cat([without_titles, without_titles]))
+    for no_text in ({"title": "text"}, {"title": 5, "text": "a"}, ("a", "b", "c"), 5):
         try:
             model.preprocess([no_text])
             raise AssertionError

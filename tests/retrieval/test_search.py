@@ -289,8 +289,10 @@ def test_tuning_scores_the_hits_of_each_weight(search):
     with pytest.raises(UserError, match="no query is judged"):
         search.tune(queries, {"other": {"jeju": 1}})
     # Of another set of passages, or of the same in a file of another name.
-    with pytest.raises(UserError, match=r"has none of the passages .* in the index, and 'file-0-0' in the judgements"):
+    with pytest.raises(UserError, match=r"no passage that is relevant .* in the index, and 'file-0-0' in the"):
         search.tune(queries, {"a": {"file-0-0": 1, "jeju": 0}})
+    with pytest.raises(UserError, match="no query has a relevant passage"):
+        search.tune(queries, {"a": {"jeju": 0}})
 
 
 class TestVerbs:

@@ -148,13 +148,14 @@ def test_a_large_batch_is_scored_in_parts(monkeypatch, scores_at_once, has_passa
 
 
 def test_memory_does_not_grow_with_the_square_of_a_batch(monkeypatch):
-    rows, at_once = 1024, 2**14
-    step = random_step(rows, rows)
-    monkeypatch.setattr(objectives, "SCORES_AT_ONCE", at_once)
-    with LiveMemory() as memory:
-        retrieval_gradients(*step, temperature=1.0)
-    numbers_of_the_rows = 12 * rows * 4  # queries, contexts, their gradients, places, numbers of passages
-    assert memory.peak() < 17 * at_once + 8 * numbers_of_the_rows < 17 * rows**2 / 10
+    monkeypatch.setattr(objectives, "SCORES_AT_ONCE", 2**14)
+    peaks = []
+    for rows in (512, 1024):
+        step = random_step(rows, rows)
+        with LiveMemory() as memory:
+            retrieval_gradients(*step, temperature=1.0)
+        peaks.append(memory.peak())
+    assert 17 * 2**14 < peaks[1] < 2 * peaks[0]
 
 
 def test_the_loss_and_the_accuracy_of_a_case_done_by_hand():
