@@ -19,7 +19,7 @@ from .finding import (
     require_outside,
 )
 from .index import add_window_argument
-from .options import require_positive, text_of
+from .options import question_of, require_positive
 from .tables import table
 
 if TYPE_CHECKING:
@@ -41,8 +41,9 @@ def add_search_parser(subparsers) -> None:
         help="find passages in an index",
         description=(
             "Print the passages found for a question, or write those of many questions: as a TREC run, or where the "
-            "name ends in .jsonl as JSON, with titles and texts. A question without any word has none. Of an encoder "
-            "that was trained with --null_passage it is also told whether any passage answers the question."
+            "name ends in .jsonl as JSON, with titles and texts. By common terms, a question without any word finds "
+            "none. Of an encoder that was trained with --null_passage it is also told whether any passage answers the "
+            "question."
         ),
         epilog=(
             'examples:\n  mixlm search --index index --mode lexical --query "한글은 누가 만들었나?"\n'
@@ -143,7 +144,7 @@ def search_verb(arguments: argparse.Namespace) -> None:
     if out is not None and plain_suffix(out) == ".json":
         raise UserError(f"--out {out}: as JSON, hits are written a question a line; name it .jsonl")
     queries = (
-        {"": text_of("--query", arguments.query)} if arguments.queries is None else read_queries(arguments.queries)
+        {"": question_of("--query", arguments.query)} if arguments.queries is None else read_queries(arguments.queries)
     )
     is_run = out is not None and plain_suffix(out) != ".jsonl"
     if is_run:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from ..data.json_lines import read_json_lines
 from ..data.passages import read_passages
-from ..data.squad import read_squad, select_articles
+from ..data.squad import read_squad, require_asked, select_articles
 from ..data.text_files import COMPRESSED, filled_lines, plain_suffix, write_text
 from ..errors import UserError
 from .retrieval import Hits, ranking
@@ -162,10 +162,13 @@ def read_queries(file: Path) -> dict[str, str]:
         The text by query id.
 
     Raises:
-        UserError: the file cannot be read or has no query, a line is not such an object, or an id comes twice.
+        UserError: the file cannot be read or has no query, a line is not such an object, a question is blank, or an
+            id comes twice.
     """
     if is_squad(file):
-        return {example.id: example.question for example in read_squad(file, to_learn_from=False).examples}
+        examples = read_squad(file, to_learn_from=False).examples
+        require_asked(examples, file)
+        return {example.id: example.question for example in examples}
     queries: dict[str, str] = {}
     for place, record in read_json_lines(file, "query"):
         query, text = record.get("id", record.get("_id")), record.get("text")

@@ -133,6 +133,13 @@ def test_mistakes_are_named_with_their_line(tmp_path, read, text, message):
     assert str(caught.value).startswith(str(tmp_path / "file")) and "\n" not in str(caught.value)
 
 
+def test_a_question_of_squad_that_is_blank(tmp_path):
+    paragraph = {"context": "글", "qas": [{"id": "q", "question": "\u3000"}]}
+    file = written(tmp_path, json.dumps({"data": [{"paragraphs": [paragraph]}]}), "squad.json")
+    with pytest.raises(UserError, match=r"squad.json: question 'q' is empty; ask something, or remove it"):
+        read_queries(file)
+
+
 @pytest.mark.parametrize("read", [read_run, read_qrels, read_queries])
 def test_files_that_are_no_text(tmp_path, read):
     file = tmp_path / "file"
