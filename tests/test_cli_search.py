@@ -83,7 +83,14 @@ def test_bad_input_is_one_line_and_leaves_nothing(folder, capsys):
     assert "line 3: 'jeju'" in error_of(capsys, *index, "passages.jsonl")
     assert "no such file" in error_of(capsys, *index, "absent.jsonl")
     assert "--vectors" in error_of(capsys, "index", "--passages", "passages.jsonl", "--out", "new")
-    assert "1 or more" in error_of(capsys, *index, "questions.jsonl", "--window_characters", "0")
+    window = ["--window_characters", "0"]
+    assert "1 or more" in error_of(capsys, *index, ".", *window)
+    assert "--window_characters cuts .dat documents" in error_of(capsys, *index, "questions.jsonl", *window)
+    assert "absent.dat: no such file" in error_of(capsys, *index, "absent.dat", "--window_characters", "9")
+    vectors = ["index", "--vectors", "vectors", "--out", "new"]
+    assert "--window_characters is of --passages" in error_of(capsys, *vectors, *window)
+    encode = ["encode", "--model", "absent", "--passages", "passages.jsonl", "--out", "vectors"]
+    assert "--window_characters cuts .dat documents" in error_of(capsys, *encode, *window)
     search = ["search", "--index", "index"]
     assert "--queries" in error_of(capsys, *search)
     assert "belong together" in error_of(capsys, *search, "--queries", "questions.jsonl")

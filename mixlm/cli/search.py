@@ -18,7 +18,7 @@ from .finding import (
     require_file,
     require_outside,
 )
-from .index import add_window_argument
+from .index import add_window_argument, fit_window
 from .options import question_of, require_positive
 from .tables import table
 
@@ -199,6 +199,7 @@ def evaluate_verb(arguments: argparse.Namespace) -> None:
     """`mixlm evaluate`."""
     if arguments.split is not None and arguments.beir is None:
         raise UserError("--split is for --beir; leave it out")
+    fit_window(arguments)
     from ..data.passages import read_passages
     from ..evaluation.retrieval import answer_scores, mean_percent, paired_difference, query_counts, ranking_scores
     from ..evaluation.retrieval_files import beir_files, read_run

@@ -261,6 +261,8 @@ def test_what_is_for_squad_files_alone_is_refused_elsewhere(data, korquad, capsy
         ([data / "qrels" / "test.tsv", "--articles", "1:"], "--articles are of SQuAD-style"),
         ([data / "qrels" / "test.tsv", "--passages", korquad], "--passages are for SQuAD-style"),
         ([korquad, "--articles", "7:"], "no question is in this range"),
+        ([korquad, "--window_characters", "9"], "--window_characters is of --passages; leave it out"),
+        ([korquad, "--passages", korquad, "--window_characters", "9"], "--window_characters cuts .dat documents"),
     ]:
         with pytest.raises(SystemExit):
             evaluate(*asked, *arguments)
