@@ -140,14 +140,29 @@ def test_a_question_of_squad_that_is_blank(tmp_path):
         read_queries(file)
 
 
+@pytest.mark.parametrize(
+    ("read", "advice"),
+    [
+        (read_run, "a TREC run is wanted; write one with mixlm search --out NAME.trec"),
+        (read_qrels, "TREC's or BEIR's, or a SQuAD-style file, whose name ends in .json"),
+    ],
+)
+@pytest.mark.parametrize("name", ["file.jsonl", "file.jsonl.gz"])
+def test_json_lines_are_told_by_their_name(tmp_path, read, advice, name):
+    with pytest.raises(UserError, match=f"{name}: JSON lines, and .*{advice}$"):
+        read(written(tmp_path, '{"id": "1", "question": "왔나?", "hits": []}', name))
+
+
 @pytest.mark.parametrize("read", [read_run, read_qrels, read_queries])
 def test_files_that_are_no_text(tmp_path, read):
     file = tmp_path / "file"
     file.write_bytes(b"\n" + "가".encode("cp949"))
     with pytest.raises(UserError, match="file, line 2: byte 0xb0 at offset 1 of the text is not UTF-8"):
         read(file)
-    with pytest.raises(UserError, match="absent: cannot be read"):
+    with pytest.raises(UserError, match="absent: no such file; check its name$"):
         read(tmp_path / "absent")
+    with pytest.raises(UserError, match="cannot be read: it is a folder; give a file$"):
+        read(tmp_path)
 
 
 def test_a_run_that_cannot_be_written(tmp_path):
