@@ -41,8 +41,8 @@ def read_run(file: Path) -> dict[str, list[tuple[str, float]]]:
         Passages with their scores by query id, in the order of the file.
 
     Raises:
-        UserError: the file cannot be read, is empty or is named .jsonl, a line has not these six fields, a score is not
-            a number, or a query has a passage twice.
+        UserError: the file cannot be read, is empty or is named .jsonl, a line has not these six fields, a score is
+            not a number, or a query has a passage twice.
     """
     if plain_suffix(file) == ".jsonl":
         raise UserError(f"{file}: JSON lines, and a TREC run is wanted; write one with mixlm search --out NAME.trec")
@@ -98,8 +98,8 @@ def read_qrels(file: Path) -> dict[str, dict[str, int]]:
         The grades of passages by query id; also those of 0 or less, which are not relevant.
 
     Raises:
-        UserError: the file cannot be read, has no judgement or is named .jsonl, a line has other fields, a grade is not
-            a whole number, or a passage has two grades for a query.
+        UserError: the file cannot be read, has no judgement or is named .jsonl, a line has other fields, a grade is
+            not a whole number, or a passage has two grades for a query.
     """
     if plain_suffix(file) == ".jsonl":
         raise UserError(
