@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError, one_line
 from .finding import (
+    SQUAD_HELP,
     add_index_arguments,
     add_mode_argument,
     mode_of,
@@ -49,7 +50,7 @@ def add_ask_parser(subparsers) -> None:
     add_answering_arguments(parser)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("question", nargs="?", metavar="QUESTION", help="a question")
-    source.add_argument("--questions", type=Path, metavar="FILE", help="many, with answers: SQuAD-style .json")
+    source.add_argument("--questions", type=Path, metavar="FILE", help=f"many, with answers: {SQUAD_HELP}")
     parser.add_argument(
         "--articles",
         metavar="RANGE",
