@@ -50,6 +50,7 @@ from mixlm.training.run import (
 )
 from mixlm.training.sharding import Engine
 
+PREDICTIONS_FOLDER = "predict"  # in the run's folder: of the questions of `predict_file`
 EVALUATION_ROWS = 32  # of a batch, where no training has said how many fit
 
 
@@ -140,9 +141,10 @@ def run(arguments: ReadingArguments) -> dict[str, float]:
     if arguments.do_predict:
         examples = read_squad(arguments.predict_file, to_learn_from=False).examples
         answers = read_over_ranks(load_reader(model, arguments, accelerator), examples, accelerator)
-        on_main_process(accelerator, lambda: write_predictions(answers, folder / "predict"))
-    if arguments.do_eval or arguments.do_predict:
-        say(accelerator, f"answers are in {folder}")
+        on_main_process(accelerator, lambda: write_predictions(answers, folder / PREDICTIONS_FOLDER))
+    places = {folder: arguments.do_eval, folder / PREDICTIONS_FOLDER: arguments.do_predict}
+    if written := [str(place) for place, is_written in places.items() if is_written]:
+        say(accelerator, f"answers are in {' and '.join(written)}")
     push_run(arguments, accelerator)
     return metrics
 

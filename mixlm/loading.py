@@ -2,14 +2,16 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import RemoteEntryNotFoundError, StrictDataclassError
+from huggingface_hub import _CACHED_NO_EXIST, HfApi, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError, HTTPError, RemoteEntryNotFoundError, StrictDataclassError
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
@@ -20,7 +22,35 @@ from .files import json_text, write_whole
 
 MODEL_TYPES = (MixLMConfig.model_type, MixLMSwitchConfig.model_type)
 
+_ASKED_ONCE_SECONDS = 5
 _OWN_CLASSES = (SafetensorError, StrictDataclassError)  # of errors that derive from none of Python's
+
+
+def require_source(name: str) -> None:
+    """Raise UserError where `name` means a folder that is not there: a Hub that is out of reach is tried for a minute.
+
+    A name that nothing on the Hub can have means a folder. So does one whose first part is a folder here, unless it is
+    a model in the Hub's cache, or the Hub, asked once, has it.
+    """
+    if os.path.exists(name):
+        return
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise UserError(f"{name}: no such folder; check its name") from error
+    first, slash, _ = name.partition("/")
+    if slash and os.path.isdir(first) and not _is_known_to_hub(name):
+        raise UserError(f"{name}: no such folder, and no model that the Hub gives; check its name")
+
+
+def _is_known_to_hub(name: str) -> bool:
+    if any(isinstance(try_to_load_from_cache(name, file), str) for file in ("config.json", "tokenizer.json")):
+        return True
+    try:
+        HfApi().model_info(name, timeout=_ASKED_ONCE_SECONDS)
+    except (HTTPError, OSError):
+        return False
+    return True
 
 
 @contextmanager
@@ -33,6 +63,7 @@ def loading(name: str) -> Iterator[None]:
     Raises:
         UserError: it cannot be loaded. What a damaged file leads to has many classes.
     """
+    require_source(name)
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:

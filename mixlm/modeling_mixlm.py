@@ -72,6 +72,8 @@ class Embeddings(nn.Module):
     ) -> Tensor:
         words = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         length, longest = words.shape[1], self.position_embeddings.num_embeddings
+        if length == 0:
+            raise ValueError("the input has no token; give every text one at least, such as [CLS]")
         if length > longest:
             raise ValueError(f"the input has {length} tokens, but max_position_embeddings is {longest}")
         if position_ids is None:
@@ -458,7 +460,7 @@ class MixLMModel(MixLMPreTrainedModel):
             same shape) and attentions [batch, slices, length, length] of each layer.
 
         Raises:
-            ValueError: more tokens than max_position_embeddings; a mask of another shape; no input or two.
+            ValueError: no token, or more than max_position_embeddings; a mask of another shape; no input or two.
         """
         hidden, _ = self._encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         return EncoderOutput(last_hidden_state=hidden)

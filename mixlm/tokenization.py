@@ -35,6 +35,7 @@ from .data.cutting import text_backend
 from .data.hangul import compose_hangul
 from .data.squad import Answer, SkippedAnswer, read_squad
 from .errors import UserError, one_line
+from .loading import require_source
 from .progress import draws_over, progress_bar
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -336,6 +337,7 @@ def load_tokenizer(name_or_path: str | PathLike) -> PreTrainedTokenizerFast:
         UserError: it cannot be loaded, is not fast, has no vocabulary, or lacks a special token.
     """
     name = str(name_or_path)
+    require_source(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     # Loading fails with errors of many kinds (OSError, ValueError, KeyError, bare Exception from Rust, ...), all of

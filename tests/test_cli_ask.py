@@ -286,6 +286,7 @@ def test_an_index_that_cannot_be_written_is_told_before_anything_is_read(folder,
         (["--index", "absent"], "absent: not a whole index"),
         (["--questions", "absent.json"], "absent.json: no such file"),
         (["--articles", "9:"], 'articles "9:": no question is in this range'),
+        (["--questions", "blank.jsonl"], "blank.jsonl: question 'b' is empty; ask something, or remove it"),
         (["--mode", "hybrid"], "has no vectors to search by"),
         (["--model", "retriever"], "--model retriever: is for search by vectors, and this is lexical; leave it out"),
         (["--model", "retriever", "--mode", "lexical"], "--model retriever: is for search by vectors"),
@@ -293,6 +294,9 @@ def test_an_index_that_cannot_be_written_is_told_before_anything_is_read(folder,
 )
 def test_bad_input_is_one_line_and_leaves_nothing(folder, capsys, options, message):
     usual_questions()
+    answers = {"text": ["한글"], "answer_start": [0]}
+    blank = {"id": "b", "question": " ", "context": HANGUL, "answers": answers}
+    (folder / "blank.jsonl").write_text(json.dumps(blank))
     before = sorted(folder.iterdir())
     usual = [*ASK, "--questions", "squad.json", "--out", "answers.jsonl"]
     assert message in error_of(capsys, *usual, *options)  # of an option that comes twice, the last counts

@@ -49,6 +49,19 @@ def refusal(folder, capsys) -> str:
     return error
 
 
+@pytest.mark.parametrize("name", ["/nosuch", "./nosuch", "~/nosuch", "outputs/run/nosuch", "outputs/nosuch/"])
+def test_a_folder_that_is_not_there(name, capsys):
+    assert refusal(name, capsys) == f"error: {name}: no such folder; check its name\n"
+
+
+def test_a_folder_that_is_not_there_beside_others(tmp_path, capsys, monkeypatch):
+    """It could be a name on the Hub, of which transformers would ask for most of a minute."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "outputs").mkdir()
+    line = "error: outputs/my-modle: no such folder, and no model that the Hub gives; check its name\n"
+    assert refusal("outputs/my-modle", capsys) == line
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

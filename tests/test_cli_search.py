@@ -83,7 +83,14 @@ def test_bad_input_is_one_line_and_leaves_nothing(folder, capsys):
     assert "line 3: 'jeju'" in error_of(capsys, *index, "passages.jsonl")
     assert "no such file" in error_of(capsys, *index, "absent.jsonl")
     assert "--vectors" in error_of(capsys, "index", "--passages", "passages.jsonl", "--out", "new")
-    assert "1 or more" in error_of(capsys, *index, "questions.jsonl", "--window_characters", "0")
+    window = ["--window_characters", "0"]
+    assert "1 or more" in error_of(capsys, *index, ".", *window)
+    assert "--window_characters cuts .dat documents" in error_of(capsys, *index, "questions.jsonl", *window)
+    assert "absent.dat: no such file" in error_of(capsys, *index, "absent.dat", "--window_characters", "9")
+    vectors = ["index", "--vectors", "vectors", "--out", "new"]
+    assert "--window_characters is of --passages" in error_of(capsys, *vectors, *window)
+    encode = ["encode", "--model", "absent", "--passages", "passages.jsonl", "--out", "vectors"]
+    assert "--window_characters cuts .dat documents" in error_of(capsys, *encode, *window)
     search = ["search", "--index", "index"]
     assert "--queries" in error_of(capsys, *search)
     assert "belong together" in error_of(capsys, *search, "--queries", "questions.jsonl")
@@ -91,6 +98,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(folder, capsys):
     assert "--top_k 0" in error_of(capsys, *search, "--query", "x", "--top_k", "0")
     assert "name it .jsonl" in error_of(capsys, *search, "--queries", "questions.jsonl", "--out", "hits.json")
     assert "--json is for --query" in error_of(capsys, *search, "--queries", "questions.jsonl", "--out", "x", "--json")
+    for blank in ("", " \n"):
+        assert "--query: is empty; ask something" in error_of(capsys, *search, "--query", blank)
     assert "--query: character 1 is no text" in error_of(capsys, *search, "--query", "x\udcff")
     assert "no such folder" in error_of(capsys, *search, "--queries", "questions.jsonl", "--out", "absent/hits.trec")
     assert "not a whole index" in error_of(capsys, "search", "--index", "absent", "--query", "x")
@@ -126,7 +135,7 @@ def test_a_question_of_any_length(folder, capsys, options):
     capsys.readouterr()
     main(["search", "--index", "new", "--query", "한글을 " * 25_000])
     assert "sejong" in capsys.readouterr().out
-    main(["search", "--index", "new", "--query", ""])
+    main(["search", "--index", "new", "--query", "?"])
     assert capsys.readouterr().out == "no passage is found for this question\n"
 
 
@@ -143,3 +152,13 @@ def test_the_help_names_the_default_that_there_is(capsys):
     with pytest.raises(SystemExit):
         main(["index", "--help"])
     assert f"(default: {WINDOW_CHARACTERS})" in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_help_says_what_a_question_without_any_word_finds(folder, capsys):
+    """Vectors find something: tests/retrieval/test_search.py."""
+    main(["search", "--index", "index", "--query", "?!"])
+    assert capsys.readouterr().out == "no passage is found for this question\n"
+    with pytest.raises(SystemExit):
+        main(["search", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "By common terms, a question without any word finds none." in said

@@ -23,6 +23,7 @@ from mixlm.hub import (
     require_access,
     require_repository_name,
 )
+from mixlm.loading import require_source
 
 NAME = "someone/tiny"
 CODE = {"configuration.py", "heads.py", "kernels.py", "modeling_mixlm.py"}
@@ -172,6 +173,16 @@ def test_who_may_see_a_new_repository_is_left_to_the_settings_there_unless_it_is
 def test_names_the_hub_would_not_have(name):
     with pytest.raises(UserError, match="--hub_model_id .* is not USER/NAME"):
         require_repository_name(name, "--hub_model_id")
+
+
+def test_a_model_that_is_there_is_found_beside_a_folder_of_its_owners_name(tmp_path, hub, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "someone").mkdir()
+    with pytest.raises(UserError, match=f"^{NAME}: no such folder, and no model that the Hub gives; check its name$"):
+        require_source(NAME)
+    assert len(hub.requests) == 1  # asked once
+    push(saved(tmp_path / "run"))
+    require_source(NAME)
 
 
 def test_no_token_is_said_before_anything_is_asked(tmp_path, hub, monkeypatch):

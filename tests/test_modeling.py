@@ -474,6 +474,12 @@ class TestInputs:
         with pytest.raises(ValueError, match="21 tokens.*max_position_embeddings is 20"):
             model(torch.zeros(1, 21, dtype=torch.long))
 
+    def test_no_token(self, model_class):
+        model = small_model(model_class, num_hidden_layers=2)
+        with pytest.raises(ValueError, match="^the input has no token; give every text one at least, such as"):
+            model(torch.zeros(1, 0, dtype=torch.long))
+        assert model(torch.zeros(0, 3, dtype=torch.long)).last_hidden_state.shape == (0, 3, model.config.hidden_size)
+
     def test_mask_of_another_shape(self, model_class):
         model = small_model(model_class, num_hidden_layers=2)
         with pytest.raises(ValueError, match=r"attention_mask has shape \(2, 5\), expected \(2, 6\)"):

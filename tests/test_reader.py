@@ -165,19 +165,22 @@ def scores_of(window, length: int) -> tuple[np.ndarray, np.ndarray]:
         (["--question", "x"], "one of the arguments --context"),
         (["--context", "x"], "give --question with --context"),
         (["--question", "x", "--file", "y"], "give --question with --context"),
-        (["--question", " ", "--context", "x"], "both must hold text"),
+        (["--question", " ", "--context", "x"], "--question: is empty; ask something"),
         (["--question", "x", "--context_file", "nowhere"], "--context_file nowhere: cannot be read"),
-        (["--question", "x", "--context", ""], "both must hold text"),
+        (["--question", "x", "--context", ""], "--context or --context_file: is empty"),
         (["--question", "\udcff", "--context", "x"], "--question: character 0 is no text"),
         (["--question", "x", "--context", "y\udcff"], "--context: character 1 is no text"),
         (["--file", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--file", "empty.json"], "--file empty.json: no questions in it"),
+        (["--file", "blank.jsonl"], "blank.jsonl: question 'q2' is empty; ask something, or remove it"),
         (["--question", "x", "--context", "y", "--batch_size", "0"], "--batch_size 0: must be 1 or more"),
     ],
 )
 def test_what_is_wrong_is_one_line(folder, flags, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.json").write_text('{"data": []}')
+    rows = [{"id": f"q{number}", "question": text, "context": CONTEXT} for number, text in ((1, "어디?"), (2, " "))]
+    (tmp_path / "blank.jsonl").write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(SystemExit) as ended:
         cli.main(["read", "--model", str(folder), *flags])
     assert ended.value.code == 2

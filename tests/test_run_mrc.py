@@ -49,6 +49,8 @@ PRETRAINED = {
     ("switch", "retrieval"): mixlm.MixLMSwitchForRetrieval,
     ("switch", "ict"): mixlm.MixLMSwitchForPreTraining,
 }
+# What leaves a run nothing to train on, and nothing that says how.
+UNTRAINED = {"train_file": None, "validation_articles": None, "num_steps": None}
 
 
 def article(number: int, version_2: bool = False) -> dict:
@@ -391,7 +393,7 @@ def test_seeds_on_several_processes(prepared, tmp_path):
 )
 def test_what_cannot_answer_is_refused(run, prepared, tmp_path, model, changes, message):
     reader = run(num_steps=1, do_train=True) if model == "reader" else prepared / model
-    answering = {"train_file": None, "validation_articles": None, "validation_file": prepared / "v1.json"}
+    answering = {**UNTRAINED, "validation_file": prepared / "v1.json"}
     with pytest.raises(UserError, match=message):
         run(model_name_or_path=reader, output_dir=tmp_path / "answers", **answering, **changes)
 
@@ -403,15 +405,12 @@ def test_a_model_without_token_types_is_refused(run, prepared, tmp_path):
         run(model_name_or_path=tmp_path / "model", tokenizer=prepared / "mixlm-sop")
 
 
-def test_questions_are_answered_without_training(run, prepared, tmp_path):
+def test_questions_are_answered_without_training(run, prepared, tmp_path, capsys):
     folder = run(num_steps=2)
-    again = run(
-        model_name_or_path=folder,
-        output_dir=tmp_path / "answers",
-        train_file=None,
-        validation_articles=None,
-        predict_file=prepared / "v1.json",
-    )
+    assert f"answers are in {folder}\n" in capsys.readouterr().out
+    asked = {"model_name_or_path": folder, "output_dir": tmp_path / "answers", **UNTRAINED}
+    again = run(**asked, predict_file=prepared / "v1.json")
+    assert f"answers are in {again / 'predict'}\n" in capsys.readouterr().out
     asked = json.loads((again / "predict" / "predictions.json").read_text("utf-8"))
     assert len(asked) == 48 and asked.items() >= predictions(folder).items()
 
@@ -420,7 +419,7 @@ def test_an_evaluation_does_not_replace_the_results_of_the_training(run, prepare
     """The model card would say that they are of the training's questions."""
     reader = run(num_steps=1, do_train=True)
     before = results(reader)
-    answering = {"train_file": None, "validation_articles": None, "model_name_or_path": reader, "output_dir": reader}
+    answering = {**UNTRAINED, "model_name_or_path": reader, "output_dir": reader}
     with pytest.raises(UserError, match=f"^{reader}: a model is there.*give another --output_dir$"):
         run(**answering, validation_file=prepared / "v1.json", do_eval=True)
     assert results(reader) == before
@@ -437,7 +436,7 @@ def test_an_evaluation_says_what_it_cannot_use_and_reads_as_it_is_told(run, prep
     articles = [article(number) for number in range(2)]
     articles[0]["paragraphs"][0]["qas"][0]["answers"][0]["text"] = "없는 곳"
     articles[1]["paragraphs"][0]["qas"][0]["question"] = "태어난 곳은? " * 8
-    answering = {"train_file": None, "validation_articles": None, "model_name_or_path": reader}
+    answering = {**UNTRAINED, "model_name_or_path": reader}
     data = write(tmp_path / "data.json", articles)
     folder = run(**answering, output_dir=tmp_path / "answers", validation_file=data, n_best_size=2)
     said = capsys.readouterr().out
@@ -461,6 +460,8 @@ def test_an_evaluation_says_what_it_cannot_use_and_reads_as_it_is_told(run, prep
         ({"doc_stride": 30}, "doc_stride 30"),
         ({"seeds": [-1]}, "seeds=[-1]: must be one or more different numbers"),
         ({"seeds": [1], "do_eval": True}, "seeds=[1]: must be left out where nothing is trained"),
+        ({"do_eval": True}, "num_steps=2: must be left out where nothing is trained"),
+        ({"do_eval": True, "num_steps": None, "learning_rate": 1e-4}, "learning_rate=0.0001: must be left out where"),
         (
             {"train_file": None, "validation_articles": None, "validation_file": ENGLISH, "do_train": True},
             "--do_train: nothing to train on; give --train_file or --dataset_name",

@@ -391,7 +391,8 @@ class TestLoad:
         assert load_tokenizer(tmp_path).get_vocab() == trained.get_vocab()
 
     def test_no_such_name(self, tmp_path):
-        self.refused(tmp_path / "nowhere", "cannot load tokenizer '.*nowhere': no such folder")
+        self.refused(tmp_path / "nowhere", "nowhere: no such folder; check its name$")
+        self.refused("~/has-this", "^~/has-this: no such folder; check its name$")
         self.refused("nobody/has-this", "'nobody/has-this': no such folder, and not to be had from the Hub")
 
     def test_wrong_folder_or_file(self, tmp_path):

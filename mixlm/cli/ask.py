@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError, one_line
 from .finding import (
+    SQUAD_HELP,
     add_index_arguments,
     add_mode_argument,
     mode_of,
@@ -19,7 +20,7 @@ from .finding import (
     require_json_lines,
     require_outside,
 )
-from .options import require_positive, text_of
+from .options import question_of, require_positive
 from .tables import table
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def add_ask_parser(subparsers) -> None:
     add_answering_arguments(parser)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("question", nargs="?", metavar="QUESTION", help="a question")
-    source.add_argument("--questions", type=Path, metavar="FILE", help="many, with answers: SQuAD-style .json")
+    source.add_argument("--questions", type=Path, metavar="FILE", help=f"many, with answers: {SQUAD_HELP}")
     parser.add_argument(
         "--articles",
         metavar="RANGE",
@@ -107,9 +108,7 @@ def ask_verb(arguments: argparse.Namespace) -> None:
     if arguments.tune and len(arguments.index) > 1:
         raise UserError("--tune: the choice is stored in an index; give one")
     if arguments.questions is None:
-        question = text_of("the question", arguments.question)
-        if not question.strip():
-            raise UserError("the question: is empty; ask something")
+        question = question_of("the question", arguments.question)
         _print_answer(question, open_answering(arguments).answer(question), arguments.json)
     else:
         if arguments.out is not None:
@@ -120,7 +119,7 @@ def ask_verb(arguments: argparse.Namespace) -> None:
 
 def _answer_file(arguments: argparse.Namespace) -> None:
     """Answer the questions of a file, and judge the answers."""
-    from ..data.squad import read_squad, select_articles
+    from ..data.squad import read_squad, require_asked, select_articles
     from ..data.text_files import write_text
     from ..evaluation.open_qa import judge_answer, open_qa_metrics, score_open_answer
     from ..evaluation.reading import ANSWER_SCORES, usual_metric
@@ -129,6 +128,7 @@ def _answer_file(arguments: argparse.Namespace) -> None:
     examples = read_squad(arguments.questions).examples
     if arguments.articles is not None:
         examples = select_articles(examples, arguments.articles)
+    require_asked(examples, arguments.questions)
     answering = open_answering(arguments)
     if arguments.tune:
         answering.index.require_tunable()

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ..retrieval.shards import ShardedIndex
 
 MODES = ("lexical", "dense", "hybrid")
+SQUAD_HELP = "SQuAD-style .json, or .jsonl with SQuAD's columns"
 
 
 def add_index_arguments(parser: argparse.ArgumentParser, only_one: bool = False) -> None:

@@ -72,15 +72,32 @@ def add_window_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--window_characters",
         type=int,
-        default=600,
         metavar="N",
-        help="longest passage cut out of a .dat document (default: %(default)s)",
+        help="longest passage cut out of a .dat document (default: 600)",
     )
+
+
+def fit_window(arguments: argparse.Namespace) -> None:
+    """Set `--window_characters` where it is not given.
+
+    Raises:
+        UserError: it is given, and cuts nothing: there are no `--passages`, or only files of other forms than .dat.
+    """
+    from ..data.passages import WINDOW_CHARACTERS
+    from ..data.text_files import plain_suffix
+
+    if arguments.window_characters is None:
+        arguments.window_characters = WINDOW_CHARACTERS
+    elif not arguments.passages:
+        raise UserError("--window_characters is of --passages; leave it out")
+    elif all(path.is_file() and plain_suffix(path) != ".dat" for path in arguments.passages):
+        raise UserError("--window_characters cuts .dat documents, and --passages has none; leave it out")
 
 
 def encode_verb(arguments: argparse.Namespace) -> None:
     """`mixlm encode`."""
     require_positive(arguments, "batch_size", "processes")
+    fit_window(arguments)
     from transformers.utils.logging import disable_progress_bar
 
     from ..data.passages import read_passages
@@ -108,6 +125,7 @@ def index_verb(arguments: argparse.Namespace) -> None:
         raise UserError(f"--{arguments.kind} is for --vectors; leave it out")
     if arguments.vectors and arguments.lexical_only:
         raise UserError("--lexical_only is for --passages; leave it out, and search with --mode lexical")
+    fit_window(arguments)
     from ..data.passages import read_passages
     from ..retrieval.analysers import BigramAnalyser, MorphemeAnalyser
     from ..retrieval.index import build_index, is_tuned

@@ -8,6 +8,7 @@ from pathlib import Path
 from ..errors import UserError
 from ..progress import progress_bar
 from .finding import (
+    SQUAD_HELP,
     add_index_arguments,
     add_mode_argument,
     mode_of,
@@ -35,7 +36,7 @@ def add_mine_parser(subparsers) -> None:
     )
     add_index_arguments(parser)
     add_mode_argument(parser)
-    parser.add_argument("--questions", type=Path, required=True, metavar="FILE", help="SQuAD-style .json")
+    parser.add_argument("--questions", type=Path, required=True, metavar="FILE", help=SQUAD_HELP)
     parser.add_argument(
         "--articles",
         metavar="RANGE",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..errors import UserError, one_line
 from ..files import require_free
-from .options import require_positive, text_of
+from .options import question_of, require_positive, text_of
 from .tables import table
 
 
@@ -137,21 +137,22 @@ def read_verb(arguments: argparse.Namespace) -> None:
 def _questions_to_read(arguments: argparse.Namespace) -> list[tuple[str, str, str]]:
     """Id, question and context of each question that `mixlm read` was given."""
     if arguments.file is None:
-        question, context = text_of("--question", arguments.question), arguments.context
+        question, context = question_of("--question", arguments.question), arguments.context
         if context is None:
             try:
                 # Without a byte order mark, and line breaks as they are: an answer is a place in the file.
                 context = arguments.context_file.read_bytes().decode("utf-8-sig")
             except (OSError, UnicodeDecodeError) as error:
                 raise UserError(f"--context_file {arguments.context_file}: cannot be read: {error}") from error
-        if not question.strip() or not context.strip():
-            raise UserError("--question and --context: both must hold text")
+        if not context.strip():
+            raise UserError("--context or --context_file: is empty; give the text that the question is about")
         return [("", question, text_of("--context", context))]
-    from ..data.squad import read_squad
+    from ..data.squad import read_squad, require_asked
 
     examples = read_squad(arguments.file, to_learn_from=False).examples
     if not examples:
         raise UserError(f"--file {arguments.file}: no questions in it")
+    require_asked(examples, arguments.file)
     return [(example.id, example.question, example.context) for example in examples]
 
 

@@ -19,3 +19,10 @@ def text_of(name: str, text: str) -> str:
     except UnicodeEncodeError as error:
         raise UserError(f"{name}: character {error.start} is no text; write it in UTF-8") from error
     return text
+
+
+def question_of(name: str, text: str) -> str:
+    """A question from the command line, as `text_of`, that asks something."""
+    if not text.strip():
+        raise UserError(f"{name}: is empty; ask something")
+    return text_of(name, text)

@@ -19,8 +19,8 @@ from .finding import (
     require_file,
     require_outside,
 )
-from .index import add_window_argument
-from .options import require_positive, text_of
+from .index import add_window_argument, fit_window
+from .options import question_of, require_positive
 from .tables import table
 
 if TYPE_CHECKING:
@@ -42,8 +42,9 @@ def add_search_parser(subparsers) -> None:
         help="find passages in an index",
         description=(
             "Print the passages found for a question, or write those of many questions: as a TREC run, or where the "
-            "name ends in .jsonl as JSON, with titles and texts. A question without any word has none. Of an encoder "
-            "that was trained with --null_passage it is also told whether any passage answers the question."
+            "name ends in .jsonl as JSON, with titles and texts. By common terms, a question without any word finds "
+            "none. Of an encoder that was trained with --null_passage it is also told whether any passage answers the "
+            "question."
         ),
         epilog=(
             'examples:\n  mixlm search --index index --mode lexical --query "한글은 누가 만들었나?"\n'
@@ -144,7 +145,7 @@ def search_verb(arguments: argparse.Namespace) -> None:
     if out is not None and plain_suffix(out) == ".json":
         raise UserError(f"--out {out}: as JSON, hits are written a question a line; name it .jsonl")
     queries = (
-        {"": text_of("--query", arguments.query)} if arguments.queries is None else read_queries(arguments.queries)
+        {"": question_of("--query", arguments.query)} if arguments.queries is None else read_queries(arguments.queries)
     )
     is_run = out is not None and plain_suffix(out) != ".jsonl"
     if is_run:
@@ -199,6 +200,7 @@ def evaluate_verb(arguments: argparse.Namespace) -> None:
     """`mixlm evaluate`."""
     if arguments.split is not None and arguments.beir is None:
         raise UserError("--split is for --beir; leave it out")
+    fit_window(arguments)
     from ..data.passages import read_passages
     from ..evaluation.retrieval import answer_scores, mean_percent, paired_difference, query_counts, ranking_scores
     from ..evaluation.retrieval_files import beir_files, read_run

@@ -190,6 +190,13 @@ def reading_files(path: str | PathLike) -> list[Path]:
     return files
 
 
+def require_asked(examples: Iterable[ReadingExample], source: str | PathLike) -> None:
+    """Raise UserError where a question of `source` is blank: to be asked where questions are answered or searched."""
+    for example in examples:
+        if not example.question.strip():
+            raise UserError(f"{source}: question '{example.id}' is empty; ask something, or remove it")
+
+
 def count_unanswerable(examples: Iterable[ReadingExample]) -> int:
     """How many questions their context does not answer: more than none is data like SQuAD 2.0."""
     return sum(example.is_impossible for example in examples)

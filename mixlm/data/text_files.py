@@ -45,6 +45,10 @@ def numbered_lines(file: Path) -> Iterator[tuple[int, str]]:
             f"{file}, after line {number} (byte {offset} of the {text}): the compressed data is truncated or damaged "
             f"({error}); copy or compress the file again"
         ) from error
+    except FileNotFoundError as error:
+        raise UserError(f"{file}: no such file; check its name") from error
+    except IsADirectoryError as error:
+        raise UserError(f"{file}: cannot be read: it is a folder; give a file") from error
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror or error}); check its permissions") from error
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from ..data.json_lines import read_json_lines
 from ..data.passages import read_passages
-from ..data.squad import read_squad, select_articles
+from ..data.squad import read_squad, require_asked, select_articles
 from ..data.text_files import COMPRESSED, filled_lines, plain_suffix, write_text
 from ..errors import UserError
 from .retrieval import Hits, ranking
@@ -41,9 +41,11 @@ def read_run(file: Path) -> dict[str, list[tuple[str, float]]]:
         Passages with their scores by query id, in the order of the file.
 
     Raises:
-        UserError: the file cannot be read or is empty, a line has not these six fields, a score is not a number, or a
-            query has a passage twice.
+        UserError: the file cannot be read, is empty or is named .jsonl, a line has not these six fields, a score is
+            not a number, or a query has a passage twice.
     """
+    if plain_suffix(file) == ".jsonl":
+        raise UserError(f"{file}: JSON lines, and a TREC run is wanted; write one with mixlm search --out NAME.trec")
     hits: dict[str, dict[str, float]] = {}
     for place, line in _lines(file, "hits"):
         fields = line.split()
@@ -96,9 +98,13 @@ def read_qrels(file: Path) -> dict[str, dict[str, int]]:
         The grades of passages by query id; also those of 0 or less, which are not relevant.
 
     Raises:
-        UserError: the file cannot be read or has no judgement, a line has other fields, a grade is not a whole number,
-            or a passage has two grades for a query.
+        UserError: the file cannot be read, has no judgement or is named .jsonl, a line has other fields, a grade is
+            not a whole number, or a passage has two grades for a query.
     """
+    if plain_suffix(file) == ".jsonl":
+        raise UserError(
+            f"{file}: JSON lines, and judgements are TREC's or BEIR's, or a SQuAD-style file, whose name ends in .json"
+        )
     lines = list(_lines(file, "judgements"))
     is_beir = _tab_separated(lines[0][1]) == _BEIR_HEADER
     if is_beir and len(lines) == 1:
@@ -162,10 +168,13 @@ def read_queries(file: Path) -> dict[str, str]:
         The text by query id.
 
     Raises:
-        UserError: the file cannot be read or has no query, a line is not such an object, or an id comes twice.
+        UserError: the file cannot be read or has no query, a line is not such an object, a question is blank, or an
+            id comes twice.
     """
     if is_squad(file):
-        return {example.id: example.question for example in read_squad(file, to_learn_from=False).examples}
+        examples = read_squad(file, to_learn_from=False).examples
+        require_asked(examples, file)
+        return {example.id: example.question for example in examples}
     queries: dict[str, str] = {}
     for place, record in read_json_lines(file, "query"):
         query, text = record.get("id", record.get("_id")), record.get("text")

@@ -6,6 +6,7 @@ import json
 import math
 import sys
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin
@@ -223,14 +224,19 @@ class TrainingArguments:
             raise UserError("--push_to_hub: --hub_model_id USER/NAME is missing")
         if self.hub_model_id is not None:
             require_repository_name(self.hub_model_id, "--hub_model_id")
-        for name in ("hub_model_id", "hub_private_repo", "hub_license", "hub_strategy"):
-            is_default = getattr(self, name) == type(self).__dataclass_fields__[name].default
-            self.require(self.push_to_hub or is_default, name, "left out without push_to_hub")
+        of_a_push = ("hub_model_id", "hub_private_repo", "hub_license", "hub_strategy")
+        self.require_use(self.push_to_hub, of_a_push, "left out without push_to_hub")
 
     def require(self, allowed: bool, name: str, rule: str) -> None:
         """Raise UserError unless the field's value is allowed."""
         if not allowed:
             raise UserError(f"--{name}={getattr(self, name)!r}: must be {rule}")
+
+    def require_use(self, has_use: bool, names: Iterable[str], rule: str) -> None:
+        """Raise UserError where one of the fields would do nothing, and is not left as it is by default."""
+        for name in names:
+            is_default = getattr(self, name) == type(self).__dataclass_fields__[name].default
+            self.require(has_use or is_default, name, rule)
 
     def fit_schedule(self) -> None:
         """Set scheduler_num_steps and warmup_steps, where they are to follow from num_steps.

@@ -36,6 +36,12 @@ METRICS = {"korquad_v1": korquad_v1, "squad_v1": squad_v1}
 DECODING_ARGUMENTS = (
     *("max_seq_length", "doc_stride", "max_query_length", "n_best_size", "max_answer_length", "korean_particles"),
 )
+# What says how to train, and nothing else; num_steps is before those that follow from it.
+TRAINING_ARGUMENTS = (
+    *("push_to_hub", "seeds", "num_steps", "num_train_epochs", "max_steps_per_epoch", "scheduler_num_steps"),
+    *("learning_rate", "warmup_steps", "warmup_ratio", "decay_ratio", "weight_decay", "adam_epsilon", "max_grad_norm"),
+    *("muon", "gradient_accumulation_steps", "effective_batch_size", "eval_steps", "max_minutes"),
+)
 NORMALIZERS = {"korquad_v1": normalize_korquad, "squad_v1": normalize_squad}
 
 
@@ -108,8 +114,6 @@ class ReadingArguments(FineTuningArguments):
             self.do_predict = self.predict_file is not None
         if self.do_train and not (self.train_file or self.dataset_name):
             raise UserError("--do_train: nothing to train on; give --train_file or --dataset_name")
-        self.require(self.do_train or not self.push_to_hub, "push_to_hub", "left out where nothing is trained")
-        self.require(self.do_train or self.seeds is None, "seeds", "left out where nothing is trained")
         has_questions = self.predict_file is not None
         self.require(has_questions or not self.do_predict, "do_predict", "left out without predict_file")
         if self.version_2_with_negative:
@@ -119,6 +123,7 @@ class ReadingArguments(FineTuningArguments):
         is_open = self.do_train and self.do_eval and not self.korean_particles
         rule = "left out, unless the run trains and evaluates, without korean_particles"
         self.require(is_open or not self.tune_decoding, "tune_decoding", rule)
+        self.require_use(self.do_train, TRAINING_ARGUMENTS, "left out where nothing is trained")
         if self.korean_particles or self.tune_decoding:
             require_kiwi()
 

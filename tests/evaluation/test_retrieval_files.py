@@ -133,14 +133,36 @@ def test_mistakes_are_named_with_their_line(tmp_path, read, text, message):
     assert str(caught.value).startswith(str(tmp_path / "file")) and "\n" not in str(caught.value)
 
 
+def test_a_question_of_squad_that_is_blank(tmp_path):
+    paragraph = {"context": "글", "qas": [{"id": "q", "question": "\u3000"}]}
+    file = written(tmp_path, json.dumps({"data": [{"paragraphs": [paragraph]}]}), "squad.json")
+    with pytest.raises(UserError, match=r"squad.json: question 'q' is empty; ask something, or remove it"):
+        read_queries(file)
+
+
+@pytest.mark.parametrize(
+    ("read", "advice"),
+    [
+        (read_run, "a TREC run is wanted; write one with mixlm search --out NAME.trec"),
+        (read_qrels, "TREC's or BEIR's, or a SQuAD-style file, whose name ends in .json"),
+    ],
+)
+@pytest.mark.parametrize("name", ["file.jsonl", "file.jsonl.gz"])
+def test_json_lines_are_told_by_their_name(tmp_path, read, advice, name):
+    with pytest.raises(UserError, match=f"{name}: JSON lines, and .*{advice}$"):
+        read(written(tmp_path, '{"id": "1", "question": "왔나?", "hits": []}', name))
+
+
 @pytest.mark.parametrize("read", [read_run, read_qrels, read_queries])
 def test_files_that_are_no_text(tmp_path, read):
     file = tmp_path / "file"
     file.write_bytes(b"\n" + "가".encode("cp949"))
     with pytest.raises(UserError, match="file, line 2: byte 0xb0 at offset 1 of the text is not UTF-8"):
         read(file)
-    with pytest.raises(UserError, match="absent: cannot be read"):
+    with pytest.raises(UserError, match="absent: no such file; check its name$"):
         read(tmp_path / "absent")
+    with pytest.raises(UserError, match="cannot be read: it is a folder; give a file$"):
+        read(tmp_path)
 
 
 def test_a_run_that_cannot_be_written(tmp_path):
@@ -254,6 +276,8 @@ def test_what_is_for_squad_files_alone_is_refused_elsewhere(data, korquad, capsy
         ([data / "qrels" / "test.tsv", "--articles", "1:"], "--articles are of SQuAD-style"),
         ([data / "qrels" / "test.tsv", "--passages", korquad], "--passages are for SQuAD-style"),
         ([korquad, "--articles", "7:"], "no question is in this range"),
+        ([korquad, "--window_characters", "9"], "--window_characters is of --passages; leave it out"),
+        ([korquad, "--passages", korquad, "--window_characters", "9"], "--window_characters cuts .dat documents"),
     ]:
         with pytest.raises(SystemExit):
             evaluate(*asked, *arguments)

@@ -117,6 +117,19 @@ def test_the_verb_writes_what_the_training_reads(folder, capsys):
         assert [json.loads(line)["id"] for line in file] == ["q0"]
 
 
+def test_questions_are_also_lines_as_the_help_says(folder, capsys):
+    answers = {"text": ["1443년"], "answer_start": [0]}
+    row = {"id": "row", "question": "한글은 언제?", "context": OWN, "answers": answers}
+    (folder / "squad.jsonl").write_text(json.dumps(row))
+    main("mine --index index --questions squad.jsonl --out negatives.jsonl".split())
+    assert list(read_hard_negatives("negatives.jsonl")) == ["row"]
+    for verb in ("mine", "ask"):
+        capsys.readouterr()
+        with pytest.raises(SystemExit):
+            main([verb, "--help"])
+        assert "SQuAD-style .json, or .jsonl with SQuAD's columns" in " ".join(capsys.readouterr().out.split())
+
+
 def error_of(capsys, *arguments):
     with pytest.raises(SystemExit) as stopped:
         main(list(arguments))

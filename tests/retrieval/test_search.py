@@ -316,8 +316,8 @@ class TestVerbs:
         said = capsys.readouterr()
         assert "7 passages were encoded again: their vectors are those of the index" in said.err
         assert said.out.startswith("1  0.0") and len(said.out.splitlines()) == 2 * 7
-        main(["search", "--index", "index", "--model", retriever, "--query", " "])
-        assert capsys.readouterr().out == "no passage is found for this question\n"
+        main(["search", "--index", "index", "--model", retriever, "--query", "?!"])  # which has no word
+        assert len(capsys.readouterr().out.splitlines()) == 2 * 7
 
     def test_the_index_knows_where_its_encoder_is(self, folder, retriever, capsys):
         moved = folder / "moved"
