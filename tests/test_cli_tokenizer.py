@@ -170,7 +170,7 @@ class TestReport:
 
     def test_refused(self, out, refused):
         assert "nothing to measure" in refused("tokenizer", "report", "--tokenizer", out)
-        assert "cannot load tokenizer" in refused("tokenizer", "report", "--tokenizer", out, "--squad_file", "x.json")
+        assert "no such folder" in refused("tokenizer", "report", "--tokenizer", out, "--squad_file", "x.json")
 
 
 class TestOptions:

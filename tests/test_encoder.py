@@ -208,7 +208,7 @@ def not_text(folder):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (no_folder, "nowhere: cannot be loaded"),
+        (no_folder, "nowhere: no such folder"),
         (no_model, "cannot be loaded"),
         (not_weights, "cannot be loaded"),
         (of_another_library, "is of type bert; give one of mixlm or mixlm_switch"),

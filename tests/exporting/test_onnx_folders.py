@@ -185,7 +185,7 @@ def bert(folder):
 @pytest.mark.parametrize(
     ("model", "flags", "message"),
     [
-        ("nowhere", [], "nowhere: cannot be loaded"),
+        ("nowhere", [], "nowhere: no such folder"),
         ("bert", [], "is of type bert; give one of mixlm or mixlm_switch"),
         ("retriever", ["--squad_file", "nowhere.json"], "nowhere.json"),
         ("retriever", ["--int9"], "unknown option --int9, did you mean --int8?"),
