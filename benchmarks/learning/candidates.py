@@ -7,6 +7,7 @@ A run names its candidates (`"candidates": ["muon"]`): of `NEW_MODELS`, which ar
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 from unittest.mock import patch
@@ -52,6 +53,36 @@ def carry_scores_in_upper_half(model: nn.Module, token_log_probabilities: Tensor
     attentions = [module for module in model.modules() if isinstance(module, ResidualAttention)]
     for attention in attentions[: len(attentions) // 2]:
         attention.register_forward_hook(lambda module, inputs, outputs: (*outputs[:2], None))
+
+
+def normalize_before_branches(model: nn.Module, token_log_probabilities: Tensor) -> None:
+    """x + f(LayerNorm(x)) where a peer has LayerNorm(x + f(x)), and a last LayerNorm (arXiv:2002.04745, section 3).
+
+    For layers that are built as BERT's, among them those of ConvBERT and ELECTRA, and for ALBERT's.
+    """
+    encoder = model.base_model.encoder
+    if model.config.model_type == "albert":
+        for layer in (layer for group in encoder.albert_layer_groups for layer in group.albert_layers):
+            attention = layer.attention
+            move_norm(attention, "LayerNorm", before=[attention.query, attention.key, attention.value])
+            move_norm(layer, "full_layer_layer_norm", before=[layer.ffn])
+    else:
+        for layer in encoder.layer:
+            move_norm(layer.attention.output, "LayerNorm", before=[layer.attention.self])
+            move_norm(layer.output, "LayerNorm", before=[layer.intermediate])
+    encoder.last_norm = nn.LayerNorm(model.config.hidden_size, eps=model.config.layer_norm_eps)
+    encoder.register_forward_hook(
+        lambda module, inputs, outputs: replace(outputs, last_hidden_state=module.last_norm(outputs.last_hidden_state))
+    )
+
+
+def move_norm(owner: nn.Module, name: str, before: list[nn.Module]) -> None:
+    """What `owner` normalizes by `name` stays as it is, and what goes into the modules is normalized instead."""
+    norm = getattr(owner, name)
+    setattr(owner, name, nn.Identity())
+    before[0].norm = norm  # a module's parameters are those of its parts
+    for module in before:
+        module.register_forward_pre_hook(lambda module, inputs: (norm(inputs[0]), *inputs[1:]))
 
 
 # -- trainings -------------------------------------------------------------------------------------------------------
@@ -115,6 +146,7 @@ NEW_MODELS: dict[str, Callable[[nn.Module, Tensor], None]] = {
     "scaled branches": scale_branches_down,
     "token frequencies": begin_at_token_frequencies,
     "scores in upper half": carry_scores_in_upper_half,
+    "LayerNorm before branches": normalize_before_branches,
 }
 TRAININGS: dict[str, Callable[[], AbstractContextManager]] = {
     "cosine": partial(patch.object, loop, "learning_rate_factor", cosine),

@@ -112,6 +112,73 @@ def test_masked_tokens_alone_leave_the_order_out():
     torch.testing.assert_close(loss, model(**batch).mlm_loss)
 
 
+# Where the parts of a peer with LayerNorm before the branches are in transformers' own model of that kind.
+AS_IN_PRE_LAYER_NORM = {
+    "encoder.last_norm": "LayerNorm",
+    "encoder.albert_layer_groups.0.albert_layers.": "encoder.layer.",
+    "attention.query.norm": "attention.LayerNorm",
+    "attention.self.norm": "attention.LayerNorm",
+    "intermediate.norm": "intermediate.LayerNorm",
+    "ffn.norm": "intermediate.LayerNorm",
+    "attention.query": "attention.self.query",
+    "attention.key": "attention.self.key",
+    "attention.value": "attention.self.value",
+    "attention.dense": "attention.output.dense",
+    "ffn_output": "output.dense",
+    "ffn": "intermediate.dense",
+}
+
+
+@pytest.mark.parametrize("kind", ["bert", "electra", "albert"])
+def test_layer_norm_before_branches_is_that_of_transformers(kind):
+    torch.manual_seed(0)
+    width = SMALL["hidden_size"]
+    fields = SMALL | {"hidden_act": "gelu", "layer_norm_eps": 1e-12}
+    more = {} if kind == "bert" else {"embedding_size": width}
+    peer = models.build_model(kind, fields | more, Tokenizer())
+    candidates.NEW_MODELS["LayerNorm before branches"](peer, torch.zeros(len(Tokenizer())))
+    with torch.no_grad():
+        for parameter in peer.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))  # no LayerNorm is as another
+        if kind == "albert":
+            mapping = peer.base_model.encoder.embedding_hidden_mapping_in
+            mapping.weight.copy_(torch.eye(width))
+            mapping.bias.zero_()
+
+    oracle = models.build_model("bert-pre-ln", fields, Tokenizer()).base_model
+    weights = {}
+    for name, tensor in peer.base_model.state_dict().items():
+        for part, other in AS_IN_PRE_LAYER_NORM.items():
+            name = name.replace(part, other)
+        weights[name] = tensor
+    # Its positions begin after the id of padding, at 1.
+    positions = weights["embeddings.position_embeddings.weight"]
+    weights["embeddings.position_embeddings.weight"] = torch.cat([positions[:1], positions])
+    missing, unexpected = oracle.load_state_dict(weights, strict=False)
+    assert not missing and all("mapping_in" in name or name.startswith("pooler") for name in unexpected)
+
+    inputs = {"input_ids": torch.randint(4, 60, (2, 9)), "attention_mask": torch.ones(2, 9)}
+    inputs["attention_mask"][1, 6:] = 0
+    found, expected = (model(**inputs).last_hidden_state[0] for model in (peer.base_model, oracle))
+    torch.testing.assert_close(found, expected)
+
+
+def test_layer_norm_before_branches_of_convbert():
+    torch.manual_seed(0)
+    fields = SMALL | {"num_hidden_layers": 2, "embedding_size": SMALL["hidden_size"]}
+    peer = models.build_model("convbert", fields, Tokenizer())
+    candidates.NEW_MODELS["LayerNorm before branches"](peer, torch.zeros(len(Tokenizer())))
+    ids = torch.randint(4, 60, (2, 9))
+    hidden = peer.base_model.embeddings(ids)
+    for layer in peer.base_model.encoder.layer:
+        attention, intermediate = layer.attention.self, layer.intermediate
+        # What a hook adds to a call is not in `forward`.
+        hidden = hidden + layer.attention.output.dense(attention.forward(attention.norm(hidden))[0])
+        hidden = hidden + layer.output.dense(intermediate.forward(intermediate.norm(hidden)))
+    expected = peer.base_model.encoder.last_norm(hidden)
+    torch.testing.assert_close(peer.base_model(ids).last_hidden_state, expected)
+
+
 @pytest.mark.parametrize("task", ["reading", "retrieval"])
 def test_a_kept_peer_is_fine_tuned(tmp_path, task):
     """By the scripts' own loop; a budget of nothing evaluates it as it is."""
