@@ -14,6 +14,7 @@ twice its place.
 
 import hashlib
 import json
+import logging
 import multiprocessing
 import os
 import shutil
@@ -36,7 +37,7 @@ from transformers.utils.logging import disable_progress_bar
 from ..data.chunks import in_chunks
 from ..data.hashing import hash_file, hash_json
 from ..data.passages import Passage
-from ..encoder import MixLMEncoder
+from ..encoder import Encoding, MixLMEncoder
 from ..errors import UserError, file_error, is_out_of_memory, one_line
 from ..files import names_of_remnants, require_inside, whole_folder, write_json
 from ..progress import hide_progress_bars, progress_bar
@@ -49,6 +50,8 @@ PASSAGES_PER_SHARD = 10_000
 _MANIFEST, _SHARD = "vectors.json", "shard.json"
 _VECTORS, _PASSAGES, _HASHES = "vectors.npy", "passages.arrow", "hashes.npy"
 _HASH_BYTES = 16
+
+logger = logging.getLogger(__name__)
 
 
 class StoredVectors:
@@ -102,6 +105,8 @@ def encode_passages(
 ) -> int:
     """Write the vectors of passages; what is there already is kept.
 
+    A model that `run_ict.py` has not written, such as a reader, has vectors too: that they may find little is logged.
+
     Args:
         passages: read in a stream; no more than some shards of them are in memory, and 24 bytes of each that is known.
         model: the encoder's folder or Hub name.
@@ -120,6 +125,10 @@ def encode_passages(
             its type.
     """
     encoder = MixLMEncoder.from_pretrained(model, "cpu")
+    if Encoding.load(model) is None:
+        logger.warning(
+            "%s: is not what run_ict.py writes (it has no %s); its vectors may find little", model, Encoding.file_name
+        )
     description = {
         "format": FORMAT,
         "encoder": encoder.fingerprint(),

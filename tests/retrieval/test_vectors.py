@@ -1,6 +1,7 @@
 """Vectors on the disk: what is kept, what is encoded again, and what is refused."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -65,6 +66,18 @@ def test_every_passage_has_its_vector(encode, passages, retriever, tmp_path):
     stored = StoredVectors(tmp_path / "vectors")
     assert (len(stored), stored.dimension, stored.dtype) == (7, 16, "float32")
     assert [len(shard) for shard in stored.shards()] == [2, 2, 2, 1]
+
+
+def test_a_model_that_was_not_trained_for_retrieval_is_told(passages, retriever, tmp_path, caplog):
+    """As a reader or a pretrained model, whose folder has no encoder.json."""
+    encode_passages(passages, retriever, tmp_path / "vectors")
+    assert caplog.messages == []
+    pretrained = tmp_path / "pretrained"
+    shutil.copytree(retriever, pretrained)
+    (pretrained / "encoder.json").unlink()
+    encode_passages(passages, str(pretrained), tmp_path / "others")
+    (message,) = caplog.messages
+    assert message.startswith(f"{pretrained}: is not what run_ict.py writes (it has no encoder.json)")
 
 
 def test_what_is_there_is_not_encoded_again(encode, passages, tmp_path):
