@@ -9,7 +9,6 @@ or with `accelerate launch` or `torchrun` on several processes, or `python run_m
 
 from dataclasses import asdict, replace
 
-import torch
 from accelerate import Accelerator
 
 from mixlm.data.reading import predictions_of
@@ -41,7 +40,9 @@ from mixlm.training.reading import (
 )
 from mixlm.training.run import (
     CONFIGURATION_FILE,
+    PREDICTIONS_FOLDER,
     SKIPPED_FILE,
+    build_accelerator,
     end_processes,
     finish_run,
     on_main_process,
@@ -50,7 +51,6 @@ from mixlm.training.run import (
 )
 from mixlm.training.sharding import Engine
 
-PREDICTIONS_FOLDER = "predict"  # in the run's folder: of the questions of `predict_file`
 EVALUATION_ROWS = 32  # of a batch, where no training has said how many fit
 
 
@@ -106,7 +106,7 @@ def run(arguments: ReadingArguments) -> dict[str, float]:
     folder, model, metrics = arguments.run_folder, arguments.model_name_or_path, {}
     if arguments.do_eval and not arguments.do_train and (folder / CONFIGURATION_FILE).exists():
         raise UserError(f"{folder}: a model is there, whose own results would be lost; give another --output_dir")
-    accelerator = prepare_run(arguments) if arguments.do_train else Accelerator(cpu=not torch.cuda.is_available())
+    accelerator = prepare_run(arguments) if arguments.do_train else build_accelerator(arguments)
     if arguments.do_train or arguments.do_eval:
         questions = read_questions(arguments, "version_2_with_negative", arguments.do_train)
         if arguments.tune_decoding and not count_korean(example.context for example in questions.validation):

@@ -17,7 +17,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["mixlm", "mixlm.*"]),
-    package_data={"mixlm": ["py.typed", "configs/*.json", "sample/*.dat", "sample/*.json"]},
+    package_data={"mixlm": ["py.typed", "configs/*.json", "sample/*.dat", "sample/*.json", "sample/README.md"]},
     install_requires=[
         "torch>=2.13",
         "transformers>=5.23,<6",

@@ -16,7 +16,8 @@ LOST_RANK_EXIT_CODE = 4
 NOT_PUSHED_EXIT_CODE = 5
 # What a shell expects of a program after Ctrl-C, and of one whose output nobody reads any more.
 INTERRUPTED_EXIT_CODE, UNREAD_EXIT_CODE = 130, 141
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT)  # on a disk, or in what a user may have of it
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+_NOT_FOR_THIS_USER = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
 
 
 class UserError(Exception):
@@ -41,9 +42,15 @@ def file_error(error: OSError) -> str:
     return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else one_line(error)
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
+def is_without_room(error: OSError) -> bool:
+    """Whether a disk is full, or what a user may have of it: libraries in Rust say so in words alone."""
+    return error.errno in _NO_ROOM or any(f"(os error {number})" in str(error) for number in _NO_ROOM)
+
+
+def is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
     """Whether a device, or the machine, had no more memory: torch says so in words alone, and in several."""
-    return any(words in str(error) for words in ("out of memory", "allocate memory", "enough memory"))
+    words_of_torch = ("out of memory", "allocate memory", "enough memory")
+    return isinstance(error, MemoryError) or any(words in str(error) for words in words_of_torch)
 
 
 def _is_about_another_rank(error: RuntimeError) -> bool:
@@ -124,11 +131,12 @@ def exits_on_user_error(main: Callable) -> Callable:
         except NotPushed as failure:
             print(f"not pushed: {one_line(failure)}", file=sys.stderr)
             sys.exit(NOT_PUSHED_EXIT_CODE)
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if is_out_of_memory(error):
                 print(
-                    f"error: {_rank_unless_first()}out of memory: use a smaller --train_batch_size with more "
-                    f"--gradient_accumulation_steps, or more --zero ({one_line(error)[:200]})",
+                    f"error: {_rank_unless_first()}out of memory: use smaller batches or a smaller model; in training "
+                    "a smaller --train_batch_size with more --gradient_accumulation_steps, or more --zero "
+                    f"({one_line(error)[:200]})",
                     file=sys.stderr,
                 )
                 sys.exit(USER_ERROR_EXIT_CODE)
@@ -144,9 +152,13 @@ def exits_on_user_error(main: Callable) -> Callable:
         except OSError as error:
             if isinstance(error, BrokenPipeError) and _is_output_unread():
                 sys.exit(UNREAD_EXIT_CODE)
-            if error.errno not in NO_ROOM:
+            if is_without_room(error):
+                advice = "make room there, or write elsewhere"
+            elif error.filename and error.errno in _NOT_FOR_THIS_USER:
+                advice = "give another file or folder"
+            else:
                 raise
-            print(f"error: {file_error(error)}: make room there, or write elsewhere", file=sys.stderr)
+            print(f"error: {file_error(error)}: {advice}", file=sys.stderr)
             sys.exit(USER_ERROR_EXIT_CODE)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)

@@ -27,6 +27,7 @@ TOKENS_PER_BLOCK = 512
 WIDTH_WORTH_FUSING, LENGTH_WORTH_FUSING = 384, 512
 # From this length on, activations rather than weights fill the memory of a training step.
 LENGTH_WORTH_RECOMPUTING = 1024
+OUTPUT_CAPTURING = "transformers.utils.output_capturing"
 
 
 # -- the choice ------------------------------------------------------------------------------------------------------
@@ -46,8 +47,13 @@ class Kernels(NamedTuple):
 
 
 def is_traced() -> bool:
-    """Whether torch.compile, torch.export or torch.jit.trace is recording: they see through plain operations only."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+    """Whether torch.compile, torch.export, torch.jit.trace or a transform of torch.func is at work: they see through
+    plain operations only."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._functorch.maybe_current_level() is not None
+    )
 
 
 def choose_kernels(setting: str, hidden: Tensor, plain_needed: bool) -> Kernels:
@@ -76,16 +82,17 @@ def is_bare(module: nn.Module, its_class: type[nn.Module]) -> bool:
     has, so that they may be used directly.
 
     Not so after it or a weight was swapped for another (adapters, quantisation, sharding), without its bias, or with
-    hooks, its own or those of all modules (probing, pruning, offloading).
+    hooks, its own or those of all modules (probing, pruning, offloading). Those of transformers that note the outputs
+    of layers stay for ever after they were asked for once, and do nothing where nobody asks.
     """
     hooks = (
-        *(module._forward_hooks, module._forward_pre_hooks),
-        *(module._backward_hooks, module._backward_pre_hooks),
+        *(hook for hook in module._forward_hooks.values() if getattr(hook, "__module__", None) != OUTPUT_CAPTURING),
+        *(*module._forward_pre_hooks, *module._backward_hooks, *module._backward_pre_hooks),
     )
     return (
         type(module) is its_class
         and "forward" not in vars(module)
-        and not any(hooks)
+        and not hooks
         and not _has_any_global_hook()
         and all(type(parameter) is nn.Parameter for parameter in module._parameters.values())
     )

@@ -204,7 +204,8 @@ class MixLMFeedForward(nn.Module):
         super().__init__()
         self.config = config
         self.convolution = MixedKernelConvolution(config, config.ff_dim // config.n_experts)
-        self.act_fn = ACT2FN[config.act_fn]
+        self.activation = config.act_fn  # a configuration can be changed, for the next model
+        self.act_fn = ACT2FN[self.activation]
         self.act_class = type(self.act_fn)
         self.dense = nn.Linear(config.ff_dim, config.hidden_size)
         self.dropout = Dropout(config.dropout_prob)
@@ -217,8 +218,8 @@ class MixLMFeedForward(nn.Module):
                 token_mask,
                 self.convolution.convolutions,
                 self.dense,
-                self.config.n_experts,
-                self.config.act_fn,
+                self.convolution.slices,
+                self.activation,
                 kernels.recompute,
             )
         else:
@@ -411,14 +412,14 @@ class MixLMPreTrainedModel(PreTrainedModel):
         return self.stack(hidden, token_mask, visible, kernels, **kwargs)
 
     def _needs_plain_kernels(self, requested: dict[str, Any]) -> bool:
-        """Whether somebody wants of this forward pass what the fused forms do not have: attention probabilities; a
-        gradient that begins at an inner layer; scores that gradient checkpointing can run twice from, or that a
-        wrapper around a layer or an attention (sharding, checkpointing, probing) can look at."""
+        """Whether somebody wants of this forward pass what the fused forms do not have: attention probabilities; the
+        outputs of layers, at which a gradient may begin; scores that gradient checkpointing can run twice from, or
+        that a wrapper around a layer or an attention (sharding, checkpointing, probing) can look at."""
         with_attentions = requested.get("output_attentions", self.config.output_attentions)
         with_layers = requested.get("output_hidden_states", self.config.output_hidden_states)
-        checkpointing = self.training and self.stack.layers[0].gradient_checkpointing
+        checkpointing = self.training and any(layer.gradient_checkpointing for layer in self.stack.layers)
         is_wrapped = not self.stack.is_bare()
-        return bool(with_attentions or (with_layers and torch.is_grad_enabled()) or checkpointing or is_wrapped)
+        return bool(with_attentions or with_layers or checkpointing or is_wrapped)
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.base_model.embeddings.word_embeddings

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import unicodedata
 
 import pytest
 from remote_models import tiny_model, tiny_tokenizer
@@ -22,6 +23,14 @@ def test_what_the_model_expects_is_printed(folder, capsys):
     main(["fill-mask", "--model", folder, "--top", "3", "서울 은 [MASK] 의 수도"])
     text, *answers = capsys.readouterr().out.splitlines()
     assert text == "서울 은 [MASK] 의 수도" and len(answers) == 3 and all(line.endswith("%") for line in answers)
+
+
+def test_decomposed_syllables_are_composed(folder, capsys):
+    printed = []
+    for form in ("NFC", "NFD"):
+        main(["fill-mask", "--model", folder, unicodedata.normalize(form, "서울 은 [MASK] 의 수도")])
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1]
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ def test_a_user_error_is_one_line_for_each_machine(monkeypatch, capsys, ranks, s
 
 def test_the_other_endings(monkeypatch, capsys):
     code, said = ending_of(torch.OutOfMemoryError("CUDA out of memory. Tried"), monkeypatch, capsys)
-    assert code == 2 and said.startswith("error: out of memory: use a smaller --train_batch_size")
+    assert code == 2 and said.startswith("error: out of memory: use smaller batches")
     lost = RuntimeError("Connection closed by peer [127.0.0.1]")
     code, said = ending_of(lost, monkeypatch, capsys, RANK="1", LOCAL_RANK="1")
     assert code == 4 and said.startswith("error: rank 1: another rank has ended") and said.count("\n") == 1
@@ -77,6 +77,25 @@ def ending_of_program(body: str = "", encoding: str = "utf-8", **options) -> sub
     environment.pop("PYTHONUNBUFFERED", None)
     program = [sys.executable, *options.pop("flags", ()), "-c", PROGRAM.replace("BODY", body)]
     return subprocess.run(program, env=environment, stderr=subprocess.PIPE, text=True, **options)
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("raise PermissionError(13, 'Permission denied', '/secret/corpus')", "/secret/corpus: Permission denied: "),
+        ("open('가' * 200)", "가: File name too long: give another file or folder"),
+        ("raise MemoryError('Unable to allocate 9 TiB')", "out of memory: use smaller batches or a smaller model"),
+        ("raise RuntimeError('CUDA out of memory')", "out of memory: use smaller batches or a smaller model"),
+    ],
+)
+def test_what_a_user_can_mend_is_a_line(body, said):
+    ended = ending_of_program(body, stdout=subprocess.PIPE)
+    assert ended.returncode == 2 and ended.stderr.count("\n") == 1 and said in ended.stderr
+
+
+def test_another_error_of_the_system_is_a_mistake():
+    ended = ending_of_program("raise OSError(5, 'Input/output error', '/some')", stdout=subprocess.PIPE)
+    assert ended.returncode == 1 and "Traceback" in ended.stderr
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from oracle import small_model
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
-from mixlm import MixLMForMaskedLM, MixLMModel, MixLMSwitchForMaskedLM, MixLMSwitchModel
+from mixlm import MixLMForMaskedLM, MixLMForRetrieval, MixLMModel, MixLMSwitchForMaskedLM, MixLMSwitchModel
 from mixlm.kernels import choose_kernels
 
 pytestmark = pytest.mark.usefixtures("blocks_end_inside_texts")
@@ -99,6 +99,57 @@ class TestChoice:
             each(**batch, labels=batch["input_ids"]).loss.backward()
             results.append({name: parameter.grad for name, parameter in each.named_parameters()})
         assert_same_gradients(results[1], results[0])
+
+    @pytest.mark.parametrize("form", FORMS)
+    def test_gradient_checkpointing_of_every_second_layer_of_two_towers(self, form):
+        """transformers counts on through both: of three layers each, the second tower's first is not among them."""
+        model = small_model(MixLMForRetrieval, num_hidden_layers=3, two_towers=True, kernels=form).train()
+        checkpointed = copy.deepcopy(model)
+        checkpointed.activation_checkpointing_enable(every_n_layers=2)
+        marks = [
+            [each.gradient_checkpointing for each in tower.stack.layers]
+            for tower in (checkpointed.encoder, checkpointed.context_encoder)
+        ]
+        assert marks[0][0] != marks[1][0]
+        batch = batch_of(model)
+        of_contexts = {f"context_{name}": batch[name] for name in ("input_ids", "attention_mask")}
+        results = []
+        for each in (model, checkpointed):
+            output = each(**{name: batch[name] for name in ("input_ids", "attention_mask")}, **of_contexts)
+            (output.embeddings * output.context_embeddings).sum().backward()
+            results.append({name: parameter.grad for name, parameter in each.named_parameters()})
+        assert_same_gradients(results[1], results[0])
+
+    def test_layers_that_were_asked_for_once_change_no_later_pass(self, monkeypatch):
+        """transformers leaves its hooks behind."""
+        model = small_model(MixLMModel, kernels="fused")
+        batch = batch_of(model)
+        model(**batch, output_hidden_states=True)
+        counts = calls_of(monkeypatch, "reversible_residual_attention", "mixed_kernel_feed_forward")
+        model(**batch)
+        assert list(counts.values()) == [model.config.num_hidden_layers] * 2
+
+    @pytest.mark.parametrize("form", ["auto", *FORMS])
+    @BOTH_FAMILIES
+    def test_the_configuration_can_be_changed_for_the_next_model(self, model_class, form):
+        model = small_model(model_class, kernels=form)
+        before = model(**batch_of(model)).last_hidden_state
+        model.config.act_fn = "relu"
+        torch.testing.assert_close(model(**batch_of(model)).last_hidden_state, before, **EXACT)
+
+    @pytest.mark.parametrize("form", ["auto", *FORMS])
+    @BOTH_FAMILIES
+    def test_gradients_of_torch_func(self, model_class, form):
+        model = small_model(model_class, kernels=form)
+        batch = batch_of(model)
+        parameters = dict(model.named_parameters())
+
+        def loss(parameters):
+            return weighted_sum(torch.func.functional_call(model, parameters, (), batch))
+
+        found = torch.func.grad(loss)(parameters)
+        loss(parameters).backward()
+        assert_same_gradients(found, {name: parameter.grad for name, parameter in parameters.items()})
 
     def test_compiled_training(self):
         """A compiler sees torch's own operations, without a break; the gradients are those of the fused form."""

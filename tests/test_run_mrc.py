@@ -462,6 +462,7 @@ def test_an_evaluation_says_what_it_cannot_use_and_reads_as_it_is_told(run, prep
         ({"seeds": [1], "do_eval": True}, "seeds=[1]: must be left out where nothing is trained"),
         ({"do_eval": True}, "num_steps=2: must be left out where nothing is trained"),
         ({"do_eval": True, "num_steps": None, "learning_rate": 1e-4}, "learning_rate=0.0001: must be left out where"),
+        ({"do_eval": True, "num_steps": None, "bf16": True}, "bf16=True: must be left out where nothing is trained"),
         (
             {"train_file": None, "validation_articles": None, "validation_file": ENGLISH, "do_train": True},
             "--do_train: nothing to train on; give --train_file or --dataset_name",

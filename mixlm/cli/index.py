@@ -53,7 +53,8 @@ def add_encode_parser(subparsers) -> None:
         help="turn passages into vectors",
         description=(
             "Write the vectors of passages, in shards. Killed and started again, it goes on; over changed passages it "
-            "encodes what is new. Forms of passages: see mixlm index --help."
+            "encodes what is new, and deletes vectors of passages that are not given any more. Forms of passages: see "
+            "mixlm index --help."
         ),
         epilog="example:\n  mixlm encode --model my-retriever --passages passages.jsonl --out vectors",
     )

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import unicodedata
 from dataclasses import replace
 from pathlib import Path
 
@@ -76,7 +77,8 @@ def add_convert_parser(subparsers) -> None:
 def fill_mask_verb(arguments: argparse.Namespace) -> None:
     """`mixlm fill-mask`."""
     require_positive(arguments, "top")
-    text = text_of("the text", arguments.text)
+    # A vocabulary has syllables, and not the letters that decomposed ones consist of.
+    text = unicodedata.normalize("NFC", text_of("the text", arguments.text))
     from transformers import AutoModelForMaskedLM, pipeline
     from transformers.utils.logging import disable_progress_bar
 

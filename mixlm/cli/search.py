@@ -111,7 +111,12 @@ def add_evaluate_parser(subparsers) -> None:
     )
     judgements = parser.add_mutually_exclusive_group(required=True)
     judgements.add_argument("--qrels", type=Path, metavar="FILE", help=_QRELS_HELP)
-    judgements.add_argument("--beir", type=Path, metavar="FOLDER", help="a data set in BEIR's layout")
+    judgements.add_argument(
+        "--beir",
+        type=Path,
+        metavar="FOLDER",
+        help="a data set in BEIR's layout; as BEIR does, a hit with the query's own id is left out",
+    )
     parser.add_argument("--split", metavar="NAME", help="of --beir (default: test)")
     _add_articles_argument(parser)
     parser.add_argument(
@@ -211,6 +216,14 @@ def evaluate_verb(arguments: argparse.Namespace) -> None:
         raise UserError("--passages are for SQuAD-style .json as --qrels, which has answers to look for; leave it out")
     runs = {"hits": arguments.hits} | ({"compare": arguments.compare} if arguments.compare else {})
     hits = {name: read_run(run) for name, run in runs.items()}
+    if arguments.beir:  # where a query is one of the passages, BEIR's own evaluation does not count it as a hit
+        hits = {
+            name: {
+                query: [(passage, score) for passage, score in of_query if passage != query]
+                for query, of_query in of_run.items()
+            }
+            for name, of_run in hits.items()
+        }
     for name, run in runs.items():
         if hits[name].keys().isdisjoint(qrels):
             raise UserError(

@@ -179,6 +179,9 @@ class LengthBucketedBatches:
         """
         position = position or Position()
         while True:
+            # Where tokens cut the steps, a last window that was one on fewer ranks can be too small for those here.
+            if self.rows_per_step is None and position.window == self.windows and position.batch == 0:
+                position = Position(position.epoch + 1)
             epoch = position.epoch
             batches = self._window_batches(epoch, position.window)
             if position.window >= self.windows or position.batch >= len(batches):

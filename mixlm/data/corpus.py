@@ -250,7 +250,8 @@ def _load_dataset(path: Path, name: str, config_name: str | None, streaming: boo
     texts = [path] if path.suffix == ".txt" else []
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.is_file() and not _is_hidden(file.relative_to(path)))
-        texts = files if all(file.suffix == ".txt" for file in files) else []
+        if all(file.suffix in (".txt", ".md", "") for file in files):  # a README and a licence may lie there too
+            texts = [file for file in files if file.suffix == ".txt"]
     if texts:
         # By itself the library would make every line a row, and so a document of one sentence.
         return load_dataset(

@@ -29,7 +29,7 @@ from .json_lines import read_json_lines
 from .squad import read_paragraphs
 from .text_files import COMPRESSED, filled_lines, plain_suffix
 
-WINDOW_CHARACTERS = 600  # about a paragraph of an encyclopaedia; of Korean, that is less than 512 tokens
+WINDOW_CHARACTERS = 600  # about a paragraph of an encyclopaedia; of Korean, 200 to 400 tokens
 
 # SQuAD-style files often lie beside a corpus as questions, and are to be named.
 _KINDS_IN_FOLDERS = (".dat", ".jsonl", ".tsv")
@@ -131,10 +131,11 @@ def _files(path: Path) -> list[Path]:
 
 
 def _without_suffixes(name: Path) -> str:
-    """The FILE of an id."""
+    """The FILE of an id. What is not UTF-8 in a name, as out of older archives, is escaped."""
     if name.suffix in COMPRESSED:
         name = name.with_suffix("")
-    return re.sub(r"\s", "_", name.with_suffix("").as_posix())
+    text = name.with_suffix("").as_posix().encode("utf-8", "backslashreplace").decode()
+    return re.sub(r"\s", "_", text)
 
 
 def _passages_of(file: Path, name: str, window_characters: int) -> Iterator[tuple[str, Passage]]:
@@ -172,8 +173,11 @@ def _tsv_passages(file: Path) -> Iterator[tuple[str, Passage]]:
         place = f"{file}, line {number}"
         columns = line.rstrip("\r\n").split("\t")
         fields = [_unquoted(column) for column in columns]
-        if count == 0 and fields in _TSV_HEADERS:
+        names = [field.lower() for field in fields]
+        if count == 0 and names in _TSV_HEADERS:
             continue
+        if count == 0 and {"text", "title"} & set(names):
+            raise UserError(f"{place}: the columns are {', '.join(fields)}; give id, text and title, in this order")
         if len(fields) not in (2, 3):
             raise UserError(f"{place}: {len(fields)} columns where id, text and title are wanted, separated by tabs")
         _require_whole_fields(columns, place)

@@ -69,21 +69,31 @@ class RetrievalTokenizer:
 
     def queries(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The token ids of each query, [length]."""
-        return [self._joined([ids], self.max_query_length) for ids in self._encode(texts, "queries")]
+        return [self._cut(self._joined(ids), self.max_query_length) for ids in self._encode(texts, "queries")]
 
     def passages(self, passages: Sequence[Passage]) -> list[np.ndarray]:
         """The token ids of each passage, [length]."""
+        return [self._cut(ids, self.max_passage_length) for ids in self._whole(passages)]
+
+    def passage_lengths(self, passages: Sequence[Passage]) -> np.ndarray:
+        """Tokens of each passage, before it is cut: [passages]."""
+        return np.array([len(ids) for ids in self._whole(passages)])
+
+    def _whole(self, passages: Sequence[Passage]) -> list[list[int]]:
         titles = self._encode([passage.title for passage in passages], "titles")
         texts = self._encode([passage.text for passage in passages], "passages")
         return [
-            self._joined([title, text] if title else [text], self.max_passage_length)
+            self._joined(title, text) if title else self._joined(text)
             for title, text in zip(titles, texts, strict=True)
         ]
 
-    def _joined(self, parts: list[list[int]], longest: int) -> np.ndarray:
+    def _joined(self, *parts: list[int]) -> list[int]:
         ids = [self.cls]
         for part in parts:
             ids += [*part, self.sep]
+        return ids
+
+    def _cut(self, ids: list[int], longest: int) -> np.ndarray:
         return np.array(ids if len(ids) <= longest else [*ids[: longest - 1], self.sep])
 
     def _encode(self, texts: Sequence[str], unit: str) -> list[list[int]]:

@@ -37,6 +37,7 @@ from transformers.utils.logging import disable_progress_bar
 from ..data.chunks import in_chunks
 from ..data.hashing import hash_file, hash_json
 from ..data.passages import Passage
+from ..data.retrieval import RetrievalTokenizer
 from ..encoder import Encoding, MixLMEncoder
 from ..errors import UserError, file_error, is_out_of_memory, one_line
 from ..files import names_of_remnants, require_inside, whole_folder, write_json
@@ -46,6 +47,7 @@ from .passages import StoredPassages, write_passages
 
 FORMAT = 2
 PASSAGES_PER_SHARD = 10_000
+PASSAGES_TO_MEASURE = 1_000
 
 _MANIFEST, _SHARD = "vectors.json", "shard.json"
 _VECTORS, _PASSAGES, _HASHES = "vectors.npy", "passages.arrow", "hashes.npy"
@@ -105,7 +107,8 @@ def encode_passages(
 ) -> int:
     """Write the vectors of passages; what is there already is kept.
 
-    A model that `run_ict.py` has not written, such as a reader, has vectors too: that they may find little is logged.
+    A model that `run_ict.py` has not written, such as a reader, has vectors too: that they may find little is logged,
+    and so is how much of the passages is too long to be in a vector.
 
     Args:
         passages: read in a stream; no more than some shards of them are in memory, and 24 bytes of each that is known.
@@ -135,6 +138,7 @@ def encode_passages(
         "dimension": encoder.model.config.hidden_size,
         "dtype": dtype,
     }
+    tokenizer = encoder.tokenizer
     del encoder  # each process has its own
     # Not in the description: a model that was moved makes the same vectors.
     model = str(Path(model).resolve()) if Path(model).is_dir() else model
@@ -148,6 +152,8 @@ def encode_passages(
         ):
             due: deque[_DueShard] = deque()
             for of_shard in in_chunks(passages, passages_per_shard):
+                if not names:
+                    _log_cut_passages(tokenizer, of_shard[:PASSAGES_TO_MEASURE])
                 folder = out / _shard_name(of_shard)
                 names.append(folder.name)
                 count += len(of_shard)
@@ -181,6 +187,18 @@ def encode_passages(
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({file_error(error)})") from error
     return count
+
+
+def _log_cut_passages(tokenizer: RetrievalTokenizer, passages: Sequence[Passage]) -> None:
+    lengths = tokenizer.passage_lengths(passages)
+    cut_off = (lengths - tokenizer.max_passage_length).clip(min=0)
+    if cut_off.any():
+        logger.warning(
+            "of the first %s passages %s are longer than the %s tokens that the encoder takes: %.1f%% of all their "
+            "tokens are in no vector; train with a longer --max_passage_length, or give shorter passages",
+            f"{len(lengths):,}", f"{np.count_nonzero(cut_off):,}", tokenizer.max_passage_length,
+            100 * cut_off.sum() / lengths.sum(),
+        )  # fmt: skip
 
 
 def difference(there: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:

@@ -32,6 +32,8 @@ class TrainingArguments:
     # What the order of the data is of, beside the rows of a step: when one of these has changed, a place in it says
     # nothing. (Files and folders are not among them, for they may have been moved.)
     ordered_by: ClassVar[tuple[str, ...]] = ("seed", "tokens_per_step")
+    # What the memory of a step is of, beside the model and the shapes of its rows.
+    fills_memory: ClassVar[tuple[str, ...]] = ("zero", "sharding_backend", "auto_wrap", "muon", "fp16", "bf16")
 
     # The run and its folder
     model_name: str = field(metadata={"help": "Name of the run; its folder is output_dir/model_name."})
@@ -332,8 +334,9 @@ class PretrainingArguments(TrainingArguments):
     """What `run_pretraining.py` takes beside that."""
 
     ordered_by: ClassVar[tuple[str, ...]] = (*TrainingArguments.ordered_by, "task", "max_seq_length", "eval_split")
+    fills_memory: ClassVar[tuple[str, ...]] = (*TrainingArguments.fills_memory, "mlm_probability")
 
-    # With masking and warmup_ratio, the recipe that learned most in the study so far: docs/experiments.md
+    # With masking and warmup_ratio, the best that was tried with AdamW: docs/experiments.md
     learning_rate: float | None = field(
         default=None,
         metadata={

@@ -44,7 +44,7 @@ def find_batch_size(
     say: Callable[[str], None],
     rows_there_are: int,
 ) -> int:
-    """The most rows that fit on every rank, from an earlier search or a new one.
+    """The most rows that fit on every rank, from a new search or an earlier one that had about as much memory.
 
     Args:
         try_rows: makes a training step with so many rows; returns this rank's peak in bytes.
@@ -59,16 +59,16 @@ def find_batch_size(
     """
     remembered = RememberedSizes(cache_folder() / "batch_sizes.json")
     most_rows = min(MOST_ROWS, rows_there_are)
-    fingerprint = _fingerprint({**settings, "limit": limit, "most_rows": most_rows}, meter)
-    known = _over_ranks(remembered.get(fingerprint) or 0, min, meter)
-    if known:
-        say(f"--train_batch_size {known}, as was found on this machine before")
-        return known
+    fingerprint = _fingerprint({**settings, "most_rows": most_rows}, meter)
     if limit is None:
         own_limit = meter.level() + int((1 - MARGIN) * meter.available())
     else:
         own_limit = parse_memory("--memory_limit", limit)
     smallest_limit = _over_ranks(own_limit, min, meter)
+    known = _over_ranks(remembered.get(fingerprint, smallest_limit) or 0, min, meter)
+    if known:
+        say(f"--train_batch_size {known}, as was found on this machine before")
+        return known
 
     def peak_of(rows: int) -> int:
         try:
@@ -80,12 +80,12 @@ def find_batch_size(
         return _over_ranks(peak, max, meter)
 
     trials = largest_batch(peak_of, smallest_limit, most_rows)
-    found = max(trial.rows for trial in trials if trial.fits)
+    found = max(trial for trial in trials if trial.fits)
     say(_table(trials, smallest_limit))
-    say(f"--train_batch_size {found}")
+    say(f"--train_batch_size {found.rows}")
     if this_rank() == 0:
-        remembered.put(fingerprint, found)
-    return found
+        remembered.put(fingerprint, found, smallest_limit)
+    return found.rows
 
 
 def _over_ranks(number: int, smallest_or_largest: Callable, meter: MemoryMeter) -> int:
@@ -167,14 +167,18 @@ class RememberedSizes:
         except (OSError, ValueError, RecursionError, TypeError):
             self.sizes = {}
 
-    def get(self, fingerprint: str) -> int | None:
-        """The answer, if there was one."""
-        size = self.sizes.get(fingerprint)
-        return size if isinstance(size, int) and size > 0 else None
+    def get(self, fingerprint: str, limit: int) -> int | None:
+        """The rows that were found, unless they would not fit now, or more might: `limit` bytes may be used."""
+        try:
+            rows, peak, limit_then = (self.sizes[fingerprint][name] for name in ("rows", "peak", "limit"))
+            is_good = rows >= 1 and peak <= limit <= (1 + MARGIN) * limit_then
+        except (LookupError, TypeError):
+            return None
+        return rows if is_good else None
 
-    def put(self, fingerprint: str, size: int) -> None:
-        """Remember; without harm where the file cannot be written."""
-        self.sizes[fingerprint] = size
+    def put(self, fingerprint: str, found: Trial, limit: int) -> None:
+        """Remember what a search with `limit` bytes has found; without harm where the file cannot be written."""
+        self.sizes[fingerprint] = {"rows": found.rows, "peak": found.peak_bytes, "limit": limit}
         with suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(self.path, json_text(self.sizes))

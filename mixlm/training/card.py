@@ -341,8 +341,8 @@ class _Card:
             for code in (self.head.example, self.head.own_example)
         )
         return (
-            f"## Loading it\n\nWith transformers alone (`trust_remote_code=True` runs the Python files of this "
-            f"repository: read them, and name the revision you have read):\n\n```python\n{without}```\n\n"
+            f"## Loading it\n\nWith transformers 5.23 or newer alone (`trust_remote_code=True` runs the Python files "
+            f"of this repository: read them, and name the revision you have read):\n\n```python\n{without}```\n\n"
             f"With mixlm installed, whose own code is then used:\n\n```python\n{own}```"
         )
 

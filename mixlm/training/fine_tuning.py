@@ -3,6 +3,7 @@
 import copy
 import json
 import statistics
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -265,13 +266,17 @@ def _notes(data: ReadingData) -> list[str]:
 def run_seeds(run: Callable[[Any], dict[str, float]], arguments: FineTuningArguments) -> None:
     """A run for each seed, in a folder of its own; mean and deviation of their metrics are in seeds.json.
 
+    They share `max_minutes`: the time that is left when one has ended is the next one's.
+
     Args:
         run: makes a run and returns its metrics.
         arguments: of all of them, but for seed and folder.
     """
-    found = []
+    found, begun_at = [], time.monotonic()
     for seed in arguments.seeds:
         own = copy.deepcopy(arguments)
+        if own.max_minutes is not None:
+            own.max_minutes = max(0.0, own.max_minutes - (time.monotonic() - begun_at) / 60)
         own.seed, own.output_dir, own.model_name = seed, str(arguments.run_folder), f"seed-{seed}"
         found.append(run(own))
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ..data.batching import Position
-from ..errors import RunStopped, UserError, file_error
+from ..errors import RunStopped, UserError, file_error, is_without_room
 from ..hub import open_repository
 from ..loading import StoredSettings
 from .arguments import TrainingArguments
@@ -142,7 +142,7 @@ def train(
             run.state.evaluation_due = bool(run.is_evaluation_step() and reason)  # it is made when the run goes on
             if reason:
                 run.save(must_succeed=True)
-                raise RunStopped(f"{reason}: stopped after step {run.state.step:,}; {how_to_go_on(arguments)}")
+                raise RunStopped(f"{reason}: stopped after step {run.state.step:,}; {run.how_to_go_on()}")
             is_save_due = arguments.save_steps and run.state.step % arguments.save_steps == 0
             if is_save_due and run.saved_step != run.state.step:
                 run.save(must_succeed=False)
@@ -320,9 +320,8 @@ class _Run:
                 self.engine.forget_gradients()
                 self.engine.forget_moments()
 
-        about = ("zero", "sharding_backend", "auto_wrap", "muon", "fp16", "bf16", "memory_limit")
         settings = {
-            **{name: getattr(arguments, name) for name in about},
+            **{name: getattr(arguments, name) for name in arguments.fills_memory},
             "configuration": self.skeleton.config.to_diff_dict(),
             "longest": {name: list(tensor.shape) for name, tensor in batches.longest(1).items()},
             "ranks": ranks,
@@ -391,7 +390,7 @@ class _Run:
         if not math.isfinite(value):
             raise UserError(
                 f"step {self.state.step + 1}: the loss or its gradient is not a number; use a lower --learning_rate "
-                f"or more --warmup_steps; {how_to_go_on(self.arguments)}"
+                f"or more --warmup_steps; {self.how_to_go_on()}"
             )
 
     def _report_skipped_step(self) -> None:
@@ -403,8 +402,12 @@ class _Run:
         if skipped == MOST_SKIPPED_STEPS_IN_A_ROW:
             raise UserError(
                 f"step {self.state.step + 1}: the fp16 gradient overflowed {skipped} times in a row; use a lower "
-                f"--learning_rate, or --bf16; {how_to_go_on(self.arguments)}"
+                f"--learning_rate, or --bf16; {self.how_to_go_on()}"
             )
+
+    def how_to_go_on(self) -> str:
+        """What a user can do when the run ends here."""
+        return how_to_go_on(self.arguments, self.ancestors)
 
     def is_evaluation_step(self) -> bool:
         """Whether an evaluation belongs after this step."""
@@ -450,9 +453,10 @@ class _Run:
                 held = (parameters, moments, self.state, self.resolved, self.tokenizer, self.settings)
                 save_checkpoint(target, self.skeleton, *held)
             except OSError as error:
-                message = f"{target}: cannot be written: {error.strerror or error}; make room"
+                advice = "; make room" if is_without_room(error) else ""
+                message = f"{target}: cannot be written: {error.strerror or error}{advice}"
                 if must_succeed:
-                    raise UserError(f"{message}; {how_to_go_on(self.arguments)}") from error
+                    raise UserError(f"{message}; {self.how_to_go_on()}") from error
                 self.progress.write(f"{message}; training goes on, and the next checkpoint is due as usual")
                 return False
             if target not in self.ancestors:

@@ -3,6 +3,7 @@
 import math
 import os
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import torch
 from ..errors import UserError
 
 PEAK_IS_WHAT_IS_THERE_NOW = "5"  # see proc(5), clear_refs
+# The control groups of this process, and where they are mounted: see cgroups(7).
+OWN_CONTROL_GROUPS, CONTROL_GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
 class MemoryMeter:
@@ -53,7 +56,31 @@ class MemoryMeter:
         """Bytes that this rank could still take: free memory, of a machine's its share."""
         if self.on_gpu:
             return torch.cuda.mem_get_info(self.device)[0]
-        return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        free = min([psutil.virtual_memory().available, *_left_in_control_groups()])
+        return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _left_in_control_groups() -> Iterator[int]:
+    """Bytes that a container, or a job of a cluster, may still take, by each limit that it is under."""
+    try:
+        groups = [line.split(":", 2) for line in OWN_CONTROL_GROUPS.read_text().splitlines()]
+    except OSError:  # this is no Linux
+        return
+    for _, controllers, name in groups:
+        if controllers == "":  # of version 2, where one hierarchy has all
+            top, limit, usage, cache = CONTROL_GROUPS, "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            top, limit, usage = CONTROL_GROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            cache = "total_inactive_file"
+        else:
+            continue
+        # A group is within others. In a container its name can be the machine's, where only the top is to be seen.
+        own = top / name.strip("/")
+        for folder in (own, *own.parents):
+            with suppress(OSError, ValueError):  # there is none, or "max"
+                statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                used = int((folder / usage).read_text()) - int(statistics[cache])  # which is given up when needed
+                yield max(0, int((folder / limit).read_text()) - used)
 
 
 def parse_memory(flag: str, text: str) -> int:

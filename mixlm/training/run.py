@@ -5,7 +5,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from ..encoder import Encoding
-from ..errors import UserError, file_error
+from ..errors import UserError, file_error, is_without_room
 from ..evaluation.reading_report import QUESTIONS_FILE
 from ..files import partial_name, whole_folder, write_json
 from ..hub import CARD_FILE, require_access
@@ -36,6 +36,7 @@ from .record import RECORD_FILE, RESULTS_FILE
 # without it the folder is no model.
 FINAL_FOLDER, CONFIGURATION_FILE = "final", "config.json"
 CHECKPOINTS, CURVES = "checkpoints", "tensorboard"
+PREDICTIONS_FOLDER = "predict"  # of the questions of `predict_file`
 SKIPPED_FILE = "skipped_answers.jsonl"
 PROBE = ".writable"  # written and deleted to see whether the folder can be written to, and is one for all
 SECONDS_TO_BE_SEEN = 60
@@ -46,6 +47,7 @@ REMOVED_BY_A_NEW_RUN = (
     "predictions.json",
     "nbest_predictions.json",
     "null_odds.json",
+    PREDICTIONS_FOLDER,
     QUESTIONS_FILE,
     CONFIGURATION_FILE,
     RESULTS_FILE,
@@ -68,11 +70,7 @@ def prepare_run(arguments: TrainingArguments) -> Accelerator:
     start_missing_processes()
     disable_progress_bar()  # of saving and loading weights: they would break the one of the training
     folder = arguments.run_folder
-    accelerator = Accelerator(
-        # Without this, ranks on CPUs would not find each other, and each would train alone.
-        cpu=not torch.cuda.is_available(),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=arguments.timeout_minutes))],
-    )
+    accelerator = build_accelerator(arguments)
     _require_that_tasks_have_met(accelerator.num_processes)
     # `accelerate config` may ask for a precision. The engine sees to it: on a CPU accelerate passes over fp16.
     arguments.take_precision(accelerator.mixed_precision)
@@ -83,6 +81,15 @@ def prepare_run(arguments: TrainingArguments) -> Accelerator:
     _require_one_folder(folder, arguments.output_dir, written, accelerator)
     torch.manual_seed(arguments.seed)
     return accelerator
+
+
+def build_accelerator(arguments: TrainingArguments) -> Accelerator:
+    """Join the processes of a run; one of them alone where there are no others."""
+    return Accelerator(
+        # Without this, ranks on CPUs would not find each other, and each would train alone.
+        cpu=not torch.cuda.is_available(),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=arguments.timeout_minutes))],
+    )
 
 
 def on_main_process(accelerator: Accelerator, action: Callable[[], Any]) -> Any:
@@ -221,12 +228,19 @@ def choose_checkpoint(arguments: TrainingArguments, accelerator: Accelerator) ->
     return on_main_process(accelerator, choose)
 
 
-def how_to_go_on(arguments: TrainingArguments) -> str:
-    """What a user can do after a run has ended too early."""
-    found = checkpoints_in(arguments.run_folder / CHECKPOINTS)
-    if found:
-        return f"the last good checkpoint is {found[-1]}: go on with --resume auto"
-    return "no checkpoint was written yet: start again with --overwrite_output_dir"
+def how_to_go_on(arguments: TrainingArguments, ancestors: Sequence[Path]) -> str:
+    """What a user can do after a run has ended too early.
+
+    Args:
+        arguments: of the run.
+        ancestors: the checkpoints that have led to where it ended, in order.
+    """
+    if not ancestors:
+        return "no checkpoint was written yet: start again with --overwrite_output_dir"
+    last = ancestors[-1]
+    # Of a run that has gone back to an earlier checkpoint, later ones are there until it has written one.
+    is_newest = checkpoints_in(arguments.run_folder / CHECKPOINTS)[-1:] == [last]
+    return f"the last good checkpoint is {last}: go on with --resume {'auto' if is_newest else last}"
 
 
 def remove_earlier_run(folder: Path) -> None:
@@ -277,9 +291,8 @@ def finish_run(
                 os.replace(path, folder / path.name)
             (folder / FINAL_FOLDER).rmdir()
         except OSError as error:
-            raise UserError(
-                f"{file_error(error)}; the model is in {folder / CHECKPOINTS}: make room, then --resume auto"
-            ) from error
+            advice = "make room, then --resume auto" if is_without_room(error) else "--resume auto tries again"
+            raise UserError(f"{file_error(error)}; the model is in {folder / CHECKPOINTS}: {advice}") from error
         for name, value in chosen.metrics.items():
             print(f"  {name:>16}  {value:,.4f}")
         print(f"model, tokenizer and results are in {folder}; draw its curves with: mixlm report {folder}")

@@ -13,7 +13,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor
 
-from ..errors import NO_ROOM
+from ..errors import is_without_room
 from ..progress import progress_bar
 from .objectives import Term
 
@@ -73,7 +73,7 @@ class CurveWriter:
         except OSError as error:
             self.close()  # its last event may be half there: another file has the next one
             is_new, self.has_failed = not self.has_failed, True
-            advice = "make room; " if error.errno in NO_ROOM else ""
+            advice = "make room; " if is_without_room(error) else ""
             message = f"{self.folder}: curves cannot be written: {error.strerror or error}; {advice}"
             return f"{message}training goes on, and its curves when they can" if is_new else ""
         self.first_step, self.has_failed = step, False

@@ -204,6 +204,17 @@ def test_a_run_resumes_on_another_number_of_ranks():
         assert rows_of(next(many.steps(steps[done][0]))[1]) == expected[::6]
 
 
+def test_a_last_window_that_more_ranks_cannot_share_is_passed_over():
+    """259 rows of 16 tokens: two ranks make 65 steps of 4 rows, the last of 3, for which four are too many."""
+    lengths = np.full(259, 16)
+    few = LengthBucketedBatches(lengths, seed=0, tokens_per_step=64, ranks=2)
+    many = LengthBucketedBatches(lengths, seed=0, tokens_per_step=64, ranks=4)
+    position = list(islice(few.steps(), 64))[-1][0]
+    assert (position.window, position.batch) == (many.windows, 0)
+    after, _ = next(many.steps(position))
+    assert after.epoch == position.epoch + 1
+
+
 def test_the_windows_follow_each_other_in_the_order_of_the_epoch():
     batches = LengthBucketedBatches(LENGTHS, seed=1, rows_per_step=10, window_steps=2)
     steps = [rows_of(micro_batches) for _, micro_batches in epoch_of_steps(batches)]

@@ -157,6 +157,13 @@ def write_text_folder(folder):
     return folder / "inner"
 
 
+def write_text_folder_with_notes(folder):
+    inner = write_text_folder(folder)
+    for name in ("README.md", "LICENSE"):
+        (inner / name).write_text("of the texts\n")
+    return inner
+
+
 def save_dataset(folder):
     from datasets import Dataset
 
@@ -182,6 +189,7 @@ def save_dataset_dict(folder):
         write_text,
         write_folder,
         write_text_folder,
+        write_text_folder_with_notes,
         save_dataset,
         save_dataset_dict,
     ],

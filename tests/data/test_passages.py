@@ -1,6 +1,7 @@
 import gzip
 import json
 import lzma
+import os
 
 import pytest
 from hypothesis import given
@@ -122,6 +123,18 @@ def test_windows_are_as_full_as_they_can_be():
     assert list(windows(["one two three", "four"], 8)) == ["one two", "three", "four"]
 
 
+def test_what_is_not_utf8_in_the_name_of_a_file_is_escaped_in_ids(tmp_path):
+    """As names are out of archives in CP949."""
+    file = tmp_path / os.fsdecode("한.dat".encode("cp949"))
+    try:
+        file.write_text("첫 글.\n", "utf-8")
+    except OSError:
+        pytest.skip("names of files are UTF-8 here")
+    (passage,) = read_passages(tmp_path)
+    assert passage.id == r"\udcc7\udcd1-1-0"
+    passage.id.encode()
+
+
 ONE = '{"id": "a", "text": "x"}\n'
 
 
@@ -145,6 +158,7 @@ ONE = '{"id": "a", "text": "x"}\n'
         ("p.jsonl", "\n", ["no passage"]),
         ("p.tsv", "id\ttext\ttitle\n", ["no passage"]),
         ("p.tsv", "a\tx\nb\n", ["line 2", "1 columns"]),
+        ("p.tsv", "id\ttitle\ttext\na\tb\tx\n", ["line 1", "the columns are id, title, text; give id, text and"]),
         ("p.tsv", "a\tx\nb\tx\ty\tz\n", ["line 2", "4 columns"]),
         ("p.tsv", "a\t\n", ["line 1", "'a'", "empty"]),
         ("p.tsv", 'a\tx\nb\t"가\t나"\n', ["line 2", "a tab or a line break; put a blank there"]),

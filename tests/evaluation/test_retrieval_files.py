@@ -224,6 +224,16 @@ def test_evaluate_compares(data, capsys):
     assert printed.splitlines()[-1].split()[:3] == ["unjudged", "1", "0"]
 
 
+def test_a_query_that_is_a_passage_is_no_hit_of_itself_in_beir(data, capsys):
+    """As in ArguAna, whose queries are passages; by qrels of one's own it counts."""
+    write_run(data / "itself.trec", {str(query): [(str(query), 3.0), ("a", 2.0)] for query in range(20)})
+    found = {}
+    for source, file in (("--beir", data), ("--qrels", data / "qrels" / "test.tsv")):
+        evaluate("--hits", data / "itself.trec", source, file, "--json")
+        found[source] = json.loads(capsys.readouterr().out)["hits"]["mrr@10"]
+    assert found == {"--beir": 100.0, "--qrels": 50.0}
+
+
 def test_evaluate_as_json(data, capsys):
     evaluate("--hits", data / "good.trec", "--beir", data, "--json")
     found = json.loads(capsys.readouterr().out)

@@ -80,6 +80,18 @@ def test_a_model_that_was_not_trained_for_retrieval_is_told(passages, retriever,
     assert message.startswith(f"{pretrained}: is not what run_ict.py writes (it has no encoder.json)")
 
 
+def test_what_is_too_long_for_a_vector_is_told(passages, retriever, tmp_path, caplog):
+    """The encoder takes 32 tokens, and each of 99 words is one at least."""
+    long = Passage("long", "서울", " ".join(["섬"] * 99))
+    tokens = MixLMEncoder.from_pretrained(retriever, "cpu").tokenizer.passage_lengths([*passages, long])
+    assert max(tokens[:-1]) <= 32 < tokens[-1]
+    encode_passages([*passages, long], retriever, tmp_path / "vectors")
+    (message,) = caplog.messages
+    share = 100 * (tokens[-1] - 32) / sum(tokens)
+    said = f"of the first 8 passages 1 are longer than the 32 tokens that the encoder takes: {share:.1f}% of all their"
+    assert message.startswith(said)
+
+
 def test_what_is_there_is_not_encoded_again(encode, passages, tmp_path):
     encode(passages)
     before = contents(tmp_path)

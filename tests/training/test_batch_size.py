@@ -6,7 +6,8 @@ from small_runs import build_arguments, run_small
 
 from mixlm.errors import UserError
 from mixlm.training import batch_size as module
-from mixlm.training import loop
+from mixlm.training import loop, memory
+from mixlm.training.arguments import PretrainingArguments, TrainingArguments
 from mixlm.training.batch_size import RememberedSizes, find_batch_size, largest_batch
 from mixlm.training.memory import MemoryMeter, parse_memory
 from mixlm.training.objectives import SentenceOrderObjective
@@ -114,11 +115,63 @@ def test_an_answer_is_remembered_for_the_same_settings_and_machine(cache, monkey
         assert other.tried
 
 
-@pytest.mark.parametrize("content", ["", "[1, 2", "[]", "7", '{"x": "many"}'])
+@pytest.mark.parametrize(("limit", "is_remembered"), [("995", True), ("1090", True), ("980", False), ("1200", False)])
+def test_an_answer_is_remembered_for_about_as_much_memory(cache, limit, is_remembered):
+    """One that would not fit, or beside which more might, is no answer: what is free differs from run to run."""
+    find(Machine(30, 10), limit="1000")  # 96 rows in 990
+    machine = Machine(30, 10)
+    found, _ = find(machine, limit=limit)
+    assert (machine.tried == []) == is_remembered
+    assert 30 + 10 * found <= int(limit)
+
+
+def test_what_memory_is_of_is_known_beside_the_shapes():
+    """Scores of the vocabulary are those of the masked tokens."""
+    assert set(TrainingArguments.fills_memory) < set(PretrainingArguments.fills_memory)
+    assert "mlm_probability" in PretrainingArguments.fills_memory
+
+
+CONTROL_GROUPS = {
+    "version 2": ("0::/job/step", "", "memory.max", "memory.current", "inactive_file"),
+    "version 1": (
+        "5:cpu,memory:/job/step", "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("version", CONTROL_GROUPS)
+def test_the_memory_of_a_container_or_a_job_is_what_is_available(tmp_path, monkeypatch, version):
+    """The least of what the machine, the job and the step of it have left; what files have taken is given up."""
+    line, subsystem, limit, usage, cached = CONTROL_GROUPS[version]
+    (tmp_path / "own").write_text(f"7:pids:/\n{line}\n")
+    monkeypatch.setattr(memory, "OWN_CONTROL_GROUPS", tmp_path / "own")
+    monkeypatch.setattr(memory, "CONTROL_GROUPS", tmp_path / "groups")
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+
+    def write(group, most, used, of_files):
+        folder = tmp_path / "groups" / subsystem / group
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / limit).write_text(f"{most}\n")
+        (folder / usage).write_text(f"{used}\n")
+        (folder / "memory.stat").write_text(f"anon 1\n{cached} {of_files}\n")
+
+    available = MemoryMeter(CPU).available
+    assert available() > 1000 * MIB  # no such groups: of the machine
+    write("job/step", "max", 10 * MIB, 0)
+    assert available() > 1000 * MIB
+    write("job", 100 * MIB, 60 * MIB, 10 * MIB)
+    assert available() == 50 * MIB
+    write("", 90 * MIB, 80 * MIB, 20 * MIB)  # within a container the names may be those of the machine
+    assert available() == 30 * MIB
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    assert available() == 10 * MIB
+
+
+@pytest.mark.parametrize("content", ["", "[1, 2", "[]", "7", '{"x": "many"}', '{"x": 8}', '{"x": {"rows": "a"}}'])
 def test_a_damaged_memory_remembers_nothing_and_is_mended(cache, content):
     cache.mkdir()
     (cache / "batch_sizes.json").write_text(content)
-    assert RememberedSizes(cache / "batch_sizes.json").get("x") is None
+    assert RememberedSizes(cache / "batch_sizes.json").get("x", limit=10) is None
     found, _ = find(Machine(0, 10))
     again = Machine(0, 10)
     assert find(again)[0] == found and again.tried == []

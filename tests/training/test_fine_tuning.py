@@ -7,6 +7,7 @@ import pytest
 from datasets import Dataset, DatasetDict, load_dataset
 
 from mixlm.errors import UserError
+from mixlm.training import fine_tuning as module
 from mixlm.training.fine_tuning import FineTuningArguments, read_questions, run_seeds
 from mixlm.training.loop import order_has_changed
 from mixlm.training.reading import ReadingArguments
@@ -186,6 +187,23 @@ def test_seeds_have_a_mean_and_the_deviation_of_a_sample(tmp_path):
     (found,) = json.loads((given.run_folder / "seeds.json").read_text("utf-8")).values()
     assert found["mean"] == pytest.approx(17 / 3) and found["values"] == [3, 5, 9]
     assert found["deviation"] == pytest.approx(math.sqrt(sum((value - 17 / 3) ** 2 for value in (3, 5, 9)) / 2))
+
+
+def test_seeds_share_the_minutes(tmp_path, monkeypatch):
+    """Of 50 minutes, the second run of 40 has 10 left, and the third none."""
+    now = [0.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    given = arguments(tmp_path, train_file=["a.json"], seeds=[1, 2, 3], max_minutes=50)
+    given.run_folder.mkdir(parents=True)
+    minutes = []
+
+    def run(own):
+        minutes.append(own.max_minutes)
+        now[0] += 40 * 60
+        return {"f1": 0.0}
+
+    run_seeds(run, given)
+    assert minutes == [50, 10, 0]
 
 
 def test_the_record_names_the_files_of_each_kind(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 import small_runs
 import torch
 from accelerate import Accelerator
-from small_runs import assert_same_checkpoint, checkpoint_names, curves_without_speed
+from small_runs import NotANumberAt, assert_same_checkpoint, checkpoint_names, curves_without_speed
 
 from mixlm.errors import UserError
 from mixlm.training.arguments import PretrainingArguments
@@ -158,6 +158,17 @@ def test_going_back_keeps_the_ancestor_and_drops_the_abandoned_branch(make_argum
     second = str(checkpoint_folder(arguments, 2))
     run_training(make_arguments(num_steps=7, save_steps=0, save_total_limit=2, resume=second))
     assert checkpoint_names(arguments.run_folder) == ["step-00000002", "step-00000007"]
+
+
+def test_a_run_that_went_back_and_fails_says_where_from(make_arguments, run_training, checkpoint_folder):
+    """And not the newest checkpoint of what it has left behind."""
+    arguments = make_arguments(num_steps=6, save_steps=2, save_total_limit=3)
+    run_training(arguments)
+    second = str(checkpoint_folder(arguments, 2))
+    from_second = make_arguments(num_steps=6, save_steps=2, resume=second)
+    said = f"^step 3: .*the last good checkpoint is {second}: go on with --resume {second}$"
+    with pytest.raises(UserError, match=said):
+        run_training(from_second, objective_class=type("AtOnce", (NotANumberAt,), {"step": 1}))
 
 
 def test_what_changed_since_the_checkpoint_is_said(make_arguments, run_training, capsys):

@@ -92,6 +92,15 @@ def test_a_full_disk_when_a_run_is_stopped_is_an_error(make_arguments, run_train
         run_training(make_arguments(max_minutes=1e-9))
 
 
+def test_what_cannot_be_written_for_another_reason_needs_no_room(make_arguments, run_training, monkeypatch):
+    def fail(*args):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(checkpoint_module, "save_file", fail)
+    with pytest.raises(UserError, match="cannot be written: Permission denied; no checkpoint was written yet"):
+        run_training(make_arguments(num_steps=1))
+
+
 class RoomFor:
     """A file of TensorBoard's on a disk with so many bytes of room: what is beyond is not written."""
 
