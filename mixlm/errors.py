@@ -17,7 +17,7 @@ NOT_PUSHED_EXIT_CODE = 5
 # What a shell expects of a program after Ctrl-C, and of one whose output nobody reads any more.
 INTERRUPTED_EXIT_CODE, UNREAD_EXIT_CODE = 130, 141
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
-_NOT_FOR_THIS_USER = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
+_NOT_TO_BE_OPENED = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
 
 
 class UserError(Exception):
@@ -136,7 +136,7 @@ def exits_on_user_error(main: Callable) -> Callable:
                 print(
                     f"error: {_rank_unless_first()}out of memory: use smaller batches or a smaller model; in training "
                     "a smaller --train_batch_size with more --gradient_accumulation_steps, or more --zero "
-                    f"({one_line(error)[:200]})",
+                    f"({one_line(error)[:200] or type(error).__name__})",
                     file=sys.stderr,
                 )
                 sys.exit(USER_ERROR_EXIT_CODE)
@@ -154,7 +154,7 @@ def exits_on_user_error(main: Callable) -> Callable:
                 sys.exit(UNREAD_EXIT_CODE)
             if is_without_room(error):
                 advice = "make room there, or write elsewhere"
-            elif error.filename and error.errno in _NOT_FOR_THIS_USER:
+            elif error.filename and error.errno in _NOT_TO_BE_OPENED:
                 advice = "give another file or folder"
             else:
                 raise

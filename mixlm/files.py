@@ -1,5 +1,6 @@
 """Folders and files that are either whole or absent, whatever happens while they are written; and JSON files."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -31,26 +32,51 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     is replaced.
 
     Raises:
-        UserError: a disk is mounted at `folder`, so that nothing can take its place.
+        UserError: another process is writing it, or a disk is mounted at `folder`, so that nothing can take its place.
         OSError: it cannot be written; also where safetensors reports that in a way of its own.
     """
     _require_no_mount(folder)
     folder = Path(os.path.realpath(folder))
-    _settle(folder)
     partial = partial_name(folder)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        for path in [*partial.rglob("*"), partial]:
-            flush(path)
-        if folder.is_dir():
-            os.replace(folder, earlier_name(folder))
-        os.replace(partial, folder)
-        flush(folder.parent)
-    except SafetensorError as error:
-        raise OSError(one_line(error)) from error
-    finally:
+    with _for_this_process(partial, folder):
         _settle(folder)
+    partial.mkdir(parents=True)
+    with _for_this_process(partial, folder):
+        try:
+            yield partial
+            for path in [*partial.rglob("*"), partial]:
+                flush(path)
+            if folder.is_dir():
+                os.replace(folder, earlier_name(folder))
+            os.replace(partial, folder)
+            flush(folder.parent)
+        except SafetensorError as error:
+            raise OSError(one_line(error)) from error
+        finally:
+            _settle(folder)
+
+
+@contextmanager
+def _for_this_process(partial: Path, folder: Path) -> Iterator[None]:
+    """Hold a lock of `partial`, if it is there: without one it is what an interrupted process has left.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    if not partial.is_dir():
+        yield
+        return
+    descriptor = os.open(partial, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{folder}: another process is writing it; wait for it, or use another name") from error
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _settle(folder: Path) -> None:

@@ -192,7 +192,7 @@ class MixLMAttention(ResidualAttention):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """[B, L, C] -> attended [B, L, C], probabilities [B, E, L, L], raw scores [B, E, L, L]."""
-        slices = hidden.unflatten(-1, (self.config.n_experts, -1))  # [B, L, E, D]
+        slices = hidden.unflatten(-1, (self.key.slices, -1))  # [B, L, E, D]
         keys = self.key(hidden, token_mask)  # [B, L, E, D]
         return self.attend(slices, keys, slices, previous_scores, attention_mask, kernels, **kwargs)
 
@@ -202,7 +202,6 @@ class MixLMFeedForward(nn.Module):
 
     def __init__(self, config: MixLMConfig):
         super().__init__()
-        self.config = config
         self.convolution = MixedKernelConvolution(config, config.ff_dim // config.n_experts)
         self.activation = config.act_fn  # a configuration can be changed, for the next model
         self.act_fn = ACT2FN[self.activation]

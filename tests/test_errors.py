@@ -83,8 +83,9 @@ def ending_of_program(body: str = "", encoding: str = "utf-8", **options) -> sub
     ("body", "said"),
     [
         ("raise PermissionError(13, 'Permission denied', '/secret/corpus')", "/secret/corpus: Permission denied: "),
-        ("open('가' * 200)", "가: File name too long: give another file or folder"),
+        ("open('가' * 2000)", "가: File name too long: give another file or folder"),
         ("raise MemoryError('Unable to allocate 9 TiB')", "out of memory: use smaller batches or a smaller model"),
+        ("raise MemoryError", "--zero (MemoryError)"),
         ("raise RuntimeError('CUDA out of memory')", "out of memory: use smaller batches or a smaller model"),
     ],
 )

@@ -45,6 +45,20 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
     assert contents(tmp_path) == {"target/file": "new"}
 
 
+def test_what_another_process_is_writing_is_left_to_it(tmp_path):
+    """Both fill one folder otherwise, and what becomes of it is a mixture."""
+    folder = tmp_path / "folder"
+    with whole_folder(folder) as first:
+        (first / "file").write_text("first")
+        with pytest.raises(UserError, match="another process is writing it"), whole_folder(folder):
+            pass
+        assert (first / "file").read_text() == "first"
+    assert (folder / "file").read_text() == "first"
+    with whole_folder(folder) as second:
+        (second / "file").write_text("second")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"] and (folder / "file").read_text() == "second"
+
+
 @pytest.mark.parametrize("write", [whole_folder, new_folder])
 def test_what_a_link_leads_to_is_replaced_and_the_link_stays(tmp_path, write):
     (tmp_path / "disk" / "target").mkdir(parents=True)

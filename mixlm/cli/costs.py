@@ -127,7 +127,7 @@ def profile_verb(arguments: argparse.Namespace) -> None:
         batch = {name: inputs.to(device) for name, inputs in on_cpu.items()}
         step = EncoderForward(model, batch) if arguments.inference else TrainingStep(model, batch)
         profile = profile_step(step, arguments.steps)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         raise UserError(

@@ -244,13 +244,20 @@ def _is_hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
 
+def _is_card(readme: Path) -> bool:
+    """Whether it begins as a card of the Hub does, with fields."""
+    return readme.is_file() and readme.read_bytes()[:3] == b"---"
+
+
 def _load_dataset(path: Path, name: str, config_name: str | None, streaming: bool):
     from datasets import load_dataset
 
     texts = [path] if path.suffix == ".txt" else []
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.is_file() and not _is_hidden(file.relative_to(path)))
-        if all(file.suffix in (".txt", ".md", "") for file in files):  # a README and a licence may lie there too
+        # A README and a licence may lie there too, unless it is the card of a data set, which says what is what.
+        is_described = config_name is not None or _is_card(path / "README.md")
+        if not is_described and all(file.suffix in (".txt", ".md", "") for file in files):
             texts = [file for file in files if file.suffix == ".txt"]
     if texts:
         # By itself the library would make every line a row, and so a document of one sentence.

@@ -33,7 +33,7 @@ WINDOW_CHARACTERS = 600  # about a paragraph of an encyclopaedia; of Korean, 200
 
 # SQuAD-style files often lie beside a corpus as questions, and are to be named.
 _KINDS_IN_FOLDERS = (".dat", ".jsonl", ".tsv")
-_TSV_HEADERS = (["id", "text"], ["id", "text", "title"])
+_TSV_HEADERS = (["id", "text"], ["id", "text", "title"], ["_id", "text"], ["_id", "text", "title"])
 _QUOTED = re.compile('"((?:[^"]|"")*)"')
 
 
@@ -176,7 +176,7 @@ def _tsv_passages(file: Path) -> Iterator[tuple[str, Passage]]:
         names = [field.lower() for field in fields]
         if count == 0 and names in _TSV_HEADERS:
             continue
-        if count == 0 and {"text", "title"} & set(names):
+        if count == 0 and len({"id", "_id", "text", "title"} & set(names)) > 1:
             raise UserError(f"{place}: the columns are {', '.join(fields)}; give id, text and title, in this order")
         if len(fields) not in (2, 3):
             raise UserError(f"{place}: {len(fields)} columns where id, text and title are wanted, separated by tabs")

@@ -177,7 +177,7 @@ def encode_passages(
             for folder in out.glob(pattern):
                 if folder.name not in names:
                     shutil.rmtree(folder)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         advice = "use a smaller --batch_size or fewer --processes; run again, and it goes on"
         if isinstance(error, BrokenExecutor):
             raise UserError(f"an encoding process has ended, as it does without enough memory; {advice}") from error
@@ -194,9 +194,9 @@ def _log_cut_passages(tokenizer: RetrievalTokenizer, passages: Sequence[Passage]
     cut_off = (lengths - tokenizer.max_passage_length).clip(min=0)
     if cut_off.any():
         logger.warning(
-            "of the first %s passages %s are longer than the %s tokens that the encoder takes: %.1f%% of all their "
-            "tokens are in no vector; train with a longer --max_passage_length, or give shorter passages",
-            f"{len(lengths):,}", f"{np.count_nonzero(cut_off):,}", tokenizer.max_passage_length,
+            "%s of the first %s passages are longer than the %s tokens that the encoder takes: of all tokens %.1f%% "
+            "are in no vector; train with a longer --max_passage_length, or give shorter passages",
+            f"{np.count_nonzero(cut_off):,}", f"{len(lengths):,}", tokenizer.max_passage_length,
             100 * cut_off.sum() / lengths.sum(),
         )  # fmt: skip
 

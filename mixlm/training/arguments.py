@@ -157,7 +157,7 @@ class TrainingArguments:
         default=None,
         metadata={
             "help": "Save and stop after this many minutes of training, with exit code 3 (under torchrun's "
-            "restarts 0). None = no limit."
+            "restarts 0). Several seeds share them. None = no limit."
         },
     )
 

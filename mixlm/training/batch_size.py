@@ -61,11 +61,12 @@ def find_batch_size(
     most_rows = min(MOST_ROWS, rows_there_are)
     fingerprint = _fingerprint({**settings, "most_rows": most_rows}, meter)
     if limit is None:
-        own_limit = meter.level() + int((1 - MARGIN) * meter.available())
+        available = meter.available()
+        own_limit, own_most = meter.level() + int((1 - MARGIN) * available), meter.level() + available
     else:
-        own_limit = parse_memory("--memory_limit", limit)
-    smallest_limit = _over_ranks(own_limit, min, meter)
-    known = _over_ranks(remembered.get(fingerprint, smallest_limit) or 0, min, meter)
+        own_limit = own_most = parse_memory("--memory_limit", limit)
+    smallest_limit, smallest_most = (_over_ranks(own, min, meter) for own in (own_limit, own_most))
+    known = _over_ranks(remembered.get(fingerprint, smallest_limit, smallest_most) or 0, min, meter)
     if known:
         say(f"--train_batch_size {known}, as was found on this machine before")
         return known
@@ -167,11 +168,17 @@ class RememberedSizes:
         except (OSError, ValueError, RecursionError, TypeError):
             self.sizes = {}
 
-    def get(self, fingerprint: str, limit: int) -> int | None:
-        """The rows that were found, unless they would not fit now, or more might: `limit` bytes may be used."""
+    def get(self, fingerprint: str, limit: int, most: int) -> int | None:
+        """The rows that were found, unless they would not fit now, or many more might.
+
+        Args:
+            fingerprint: what they depend on.
+            limit: bytes that a search would go up to now.
+            most: bytes that there are, the margin beyond that limit included.
+        """
         try:
             rows, peak, limit_then = (self.sizes[fingerprint][name] for name in ("rows", "peak", "limit"))
-            is_good = rows >= 1 and peak <= limit <= (1 + MARGIN) * limit_then
+            is_good = rows >= 1 and peak <= most and limit <= (1 + MARGIN) * limit_then
         except (LookupError, TypeError):
             return None
         return rows if is_good else None

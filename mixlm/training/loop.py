@@ -447,6 +447,7 @@ class _Run:
             for tensors in (self.engine.whole_parameters(), self.engine.whole_moments())
         )
         target = checkpoint_of(self.checkpoints, self.state.step)
+        ancestors = [*(path for path in self.ancestors if path != target), target]
 
         def write() -> bool:
             try:
@@ -459,11 +460,9 @@ class _Run:
                     raise UserError(f"{message}; {self.how_to_go_on()}") from error
                 self.progress.write(f"{message}; training goes on, and the next checkpoint is due as usual")
                 return False
-            if target not in self.ancestors:
-                self.ancestors.append(target)
             try:
                 best = [] if self.state.best is None else [checkpoint_of(self.checkpoints, self.state.best.step)]
-                prune(self.checkpoints, [*self.ancestors[-self.arguments.save_total_limit :], *best])
+                prune(self.checkpoints, [*ancestors[-self.arguments.save_total_limit :], *best])
             except OSError as error:
                 self.progress.write(f"{file_error(error)}: an older checkpoint cannot be deleted; training goes on")
             # After the last one comes the finished model, and a stop is not to wait for an upload.
@@ -472,6 +471,8 @@ class _Run:
             return True
 
         is_written = on_main_process(self.accelerator, write)
+        if is_written:  # on all ranks: each machine says how to go on
+            self.ancestors = ancestors
         self.saved_step = self.state.step
         self.progress.pause()
         return is_written

@@ -55,7 +55,8 @@ class MemoryMeter:
     def available(self) -> int:
         """Bytes that this rank could still take: free memory, of a machine's its share."""
         if self.on_gpu:
-            return torch.cuda.mem_get_info(self.device)[0]
+            kept_by_torch = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+            return torch.cuda.mem_get_info(self.device)[0] + kept_by_torch
         free = min([psutil.virtual_memory().available, *_left_in_control_groups()])
         return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
@@ -78,9 +79,17 @@ def _left_in_control_groups() -> Iterator[int]:
         own = top / name.strip("/")
         for folder in (own, *own.parents):
             with suppress(OSError, ValueError):  # there is none, or "max"
-                statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-                used = int((folder / usage).read_text()) - int(statistics[cache])  # which is given up when needed
-                yield max(0, int((folder / limit).read_text()) - used)
+                left = int((folder / limit).read_text()) - int((folder / usage).read_text())
+                yield max(0, left + _statistic(folder, cache))  # which is given up when it is needed
+
+
+def _statistic(group: Path, name: str) -> int:
+    """Of a control group; 0 where it is not told."""
+    with suppress(OSError, ValueError):
+        for line in (group / "memory.stat").read_text().splitlines():
+            if line.startswith(f"{name} "):
+                return int(line.split()[1])
+    return 0
 
 
 def parse_memory(flag: str, text: str) -> int:

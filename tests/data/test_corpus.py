@@ -201,6 +201,16 @@ def test_each_row_of_a_dataset_is_a_document(tmp_path, write):
 
 
 @pytest.mark.usefixtures("dataset_cache")
+def test_a_folder_with_a_card_is_the_data_set_that_it_describes(tmp_path):
+    """As a clone of a repository on the Hub."""
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text(f"{name}.\n")
+    fields = "".join(f"- config_name: {name}\n  data_files: {name}.txt\n" for name in "ab")
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{fields}---\n")
+    assert sentences_of(read_dataset_documents(tmp_path, "text", config_name="b")) == [["b."]]
+
+
+@pytest.mark.usefixtures("dataset_cache")
 def test_what_is_wrong_with_a_dataset_is_said(tmp_path):
     def message_for(name, column="text"):
         with pytest.raises(UserError) as caught:

@@ -37,8 +37,9 @@ def squad(*articles):
         ("p.jsonl", JSON_LINES.replace('"id"', '"_id"')),
         ("p.tsv", "a\t첫 글.\t제목\nb\t둘째 글.\n"),
         ("p.tsv", 'id\ttext\ttitle\na\t"첫 글."\t제목\nb\t둘째 글.\t\n'),
+        ("p.tsv", "_id\tText\tTitle\na\t첫 글.\t제목\nb\t둘째 글.\t\n"),
     ],
-    ids=["json lines", "windows", "beir", "tsv", "dpr"],
+    ids=["json lines", "windows", "beir", "tsv", "dpr", "other names"],
 )
 def test_every_form_of_file_gives_the_same_passages(tmp_path, suffix, name, text):
     with OPENERS[suffix](tmp_path / (name + suffix), "wb") as file:

@@ -129,6 +129,14 @@ def test_a_link_in_place_of_the_curves_is_removed_alone(tmp_path):
     assert names(tmp_path) == {"elsewhere"} and names(tmp_path / "elsewhere") == {"curves"}
 
 
+def test_answers_of_an_earlier_reader_are_removed_too(tmp_path):
+    (tmp_path / "predict").mkdir()
+    for name in ("predict/predictions.json", "predictions.json", "notes.txt"):
+        (tmp_path / name).write_text("")
+    remove_earlier_run(tmp_path)
+    assert names(tmp_path) == {"notes.txt"}
+
+
 def test_an_older_checkpoint_that_cannot_be_deleted_does_not_stop_the_run(tmp_path, monkeypatch, capfd):
     def refuse(path, *arguments, **more):
         if "partial" in str(path):
