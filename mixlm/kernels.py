@@ -47,13 +47,13 @@ class Kernels(NamedTuple):
 
 
 def is_traced() -> bool:
-    """Whether torch.compile, torch.export, torch.jit.trace or a transform of torch.func is at work: they see through
-    plain operations only."""
-    return (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or torch._C._functorch.maybe_current_level() is not None
-    )
+    """Whether torch.compile, torch.export or torch.jit.trace is recording: they see through plain operations only."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def is_transformed() -> bool:
+    """Whether a transform of torch.func is at work, which the custom functions of this file do not know."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None
 
 
 def choose_kernels(setting: str, hidden: Tensor, plain_needed: bool) -> Kernels:
@@ -68,7 +68,7 @@ def choose_kernels(setting: str, hidden: Tensor, plain_needed: bool) -> Kernels:
         plain_needed: somebody wants what the fused forms do not have, see
             `MixLMPreTrainedModel._needs_plain_kernels`.
     """
-    if setting == "plain" or plain_needed or is_traced():
+    if setting == "plain" or plain_needed or is_traced() or is_transformed():
         return Kernels(fused=False, recompute=False)
     if setting == "auto":
         _, length, width = hidden.shape

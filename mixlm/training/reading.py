@@ -40,9 +40,7 @@ DECODING_ARGUMENTS = (
 TRAINING_ARGUMENTS = (
     *("push_to_hub", "seeds", "num_steps", "num_train_epochs", "max_steps_per_epoch", "scheduler_num_steps"),
     *("learning_rate", "warmup_steps", "warmup_ratio", "decay_ratio", "weight_decay", "adam_epsilon", "max_grad_norm"),
-    *("muon", "gradient_accumulation_steps", "effective_batch_size", "eval_steps", "max_minutes"),
-    *("fp16", "bf16", "zero3", "zero", "sharding_backend", "auto_wrap", "resume", "overwrite_output_dir"),
-    *("logging_steps", "save_steps", "save_total_limit", "num_workers"),
+    *("muon", "gradient_accumulation_steps", "effective_batch_size", "eval_steps", "max_minutes", "fp16", "bf16"),
 )
 NORMALIZERS = {"korquad_v1": normalize_korquad, "squad_v1": normalize_squad}
 
