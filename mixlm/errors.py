@@ -102,8 +102,9 @@ codecs.register_error("json_escapes", _escape_letters)
 def exits_on_user_error(main: Callable) -> Callable:
     """Decorate a program's `main`: a `UserError` becomes `error: ...` on stderr and exit code 2, `RunStopped` its line
     and exit code 3 (0 where torchrun would start it again), a rank that is lost 4, `NotPushed` its line and 5, Ctrl-C
-    130, and an output that nobody reads any more (`mixlm ... | head`) 141. A full disk is an error of the user's.
-    Letters that the output's encoding lacks are written as JSON escapes them."""
+    130, and an output that nobody reads any more (`mixlm ... | head`) 141. A full disk, too little memory and a file
+    that may not be opened are errors of the user's. Letters that the output's encoding lacks are written as JSON
+    escapes them."""
 
     @wraps(main)
     def wrapper(*args, **kwargs):

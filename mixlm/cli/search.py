@@ -208,7 +208,7 @@ def evaluate_verb(arguments: argparse.Namespace) -> None:
     fit_window(arguments)
     from ..data.passages import read_passages
     from ..evaluation.retrieval import answer_scores, mean_percent, paired_difference, query_counts, ranking_scores
-    from ..evaluation.retrieval_files import beir_files, read_run
+    from ..evaluation.retrieval_files import beir_files, read_run, without_queries_themselves
 
     file = arguments.qrels or beir_files(arguments.beir, arguments.split or "test").qrels
     qrels, answers = _judgements(file, arguments.articles)
@@ -216,14 +216,8 @@ def evaluate_verb(arguments: argparse.Namespace) -> None:
         raise UserError("--passages are for SQuAD-style .json as --qrels, which has answers to look for; leave it out")
     runs = {"hits": arguments.hits} | ({"compare": arguments.compare} if arguments.compare else {})
     hits = {name: read_run(run) for name, run in runs.items()}
-    if arguments.beir:  # where a query is one of the passages, BEIR's own evaluation does not count it as a hit
-        hits = {
-            name: {
-                query: [(passage, score) for passage, score in of_query if passage != query]
-                for query, of_query in of_run.items()
-            }
-            for name, of_run in hits.items()
-        }
+    if arguments.beir:
+        hits = {name: without_queries_themselves(of_run) for name, of_run in hits.items()}
     for name, run in runs.items():
         if hits[name].keys().isdisjoint(qrels):
             raise UserError(

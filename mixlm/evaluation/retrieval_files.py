@@ -59,6 +59,11 @@ def read_run(file: Path) -> dict[str, list[tuple[str, float]]]:
     return {query: list(found.items()) for query, found in hits.items()}
 
 
+def without_queries_themselves(run: Hits) -> dict[str, list[tuple[str, float]]]:
+    """A run without hits that have their query's id: where queries are passages, BEIR's evaluation leaves them out."""
+    return {query: [hit for hit in hits if hit[0] != query] for query, hits in run.items()}
+
+
 def write_run(file: Path, hits: Hits) -> None:
     """Write hits as a TREC run, the best of each query first; `read_run` gives back the same ids and scores.
 

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from accelerate import Accelerator
 
 from ..data.corpus import dataset_name, load_splits
@@ -27,7 +26,7 @@ from ..data.squad import (
 from ..errors import UserError
 from ..files import write_json
 from .arguments import TrainingArguments, dataset_source, with_default
-from .run import SKIPPED_FILE, on_main_process
+from .run import SKIPPED_FILE, build_accelerator, on_main_process
 
 if TYPE_CHECKING:
     from ..data.corpus import AnyDataset
@@ -289,7 +288,7 @@ def run_seeds(run: Callable[[Any], dict[str, float]], arguments: FineTuningArgum
             print(f"  {name:>29}  {mean:,.2f} ± {deviation:.2f}")
         write_json(arguments.run_folder / "seeds.json", summary)
 
-    on_main_process(Accelerator(cpu=not torch.cuda.is_available()), summarize)
+    on_main_process(build_accelerator(arguments), summarize)
 
 
 def write_skipped(skipped: Iterable[SkippedAnswer], arguments: FineTuningArguments, accelerator: Accelerator) -> None:

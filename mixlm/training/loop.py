@@ -42,7 +42,6 @@ from .run import (
     CHECKPOINTS,
     CURVES,
     choose_checkpoint,
-    how_to_go_on,
     is_of_run,
     on_main_process,
     remove_earlier_run,
@@ -407,7 +406,12 @@ class _Run:
 
     def how_to_go_on(self) -> str:
         """What a user can do when the run ends here."""
-        return how_to_go_on(self.arguments, self.ancestors)
+        if not self.ancestors:
+            return "no checkpoint was written yet: start again with --overwrite_output_dir"
+        last = self.ancestors[-1]
+        # Of a run that has gone back to an earlier checkpoint, later ones are there until it has written one.
+        is_newest = checkpoints_in(self.checkpoints)[-1:] == [last]
+        return f"the last good checkpoint is {last}: go on with --resume {'auto' if is_newest else last}"
 
     def is_evaluation_step(self) -> bool:
         """Whether an evaluation belongs after this step."""

@@ -5,7 +5,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -226,21 +226,6 @@ def choose_checkpoint(arguments: TrainingArguments, accelerator: Accelerator) ->
         return None
 
     return on_main_process(accelerator, choose)
-
-
-def how_to_go_on(arguments: TrainingArguments, ancestors: Sequence[Path]) -> str:
-    """What a user can do after a run has ended too early.
-
-    Args:
-        arguments: of the run.
-        ancestors: the checkpoints that have led to where it ended, in order.
-    """
-    if not ancestors:
-        return "no checkpoint was written yet: start again with --overwrite_output_dir"
-    last = ancestors[-1]
-    # Of a run that has gone back to an earlier checkpoint, later ones are there until it has written one.
-    is_newest = checkpoints_in(arguments.run_folder / CHECKPOINTS)[-1:] == [last]
-    return f"the last good checkpoint is {last}: go on with --resume {'auto' if is_newest else last}"
 
 
 def remove_earlier_run(folder: Path) -> None:
