@@ -59,7 +59,7 @@ def find_batch_size(
     """
     remembered = RememberedSizes(cache_folder() / "batch_sizes.json")
     most_rows = min(MOST_ROWS, rows_there_are)
-    fingerprint = _fingerprint({**settings, "most_rows": most_rows}, meter)
+    fingerprint = _fingerprint({**settings, "limit": limit, "most_rows": most_rows}, meter)
     if limit is None:
         available = meter.available()
         own_limit, own_most = meter.level() + int((1 - MARGIN) * available), meter.level() + available
